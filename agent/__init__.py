@@ -1,0 +1,1 @@
+"""What runs as root on every host: migd, guards, keepers, and the deputies at home."""
