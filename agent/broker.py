@@ -1,0 +1,539 @@
+"""migd's work: what a client or a peer asks for is checked, arranged with other hosts, and handed to agents."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import pwd
+import secrets
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import msgspec
+
+from agent import peer_messages
+from agent.agents import Agent, Agents, clean_up
+from agent.cgroups import Cgroup, guest_path
+from agent.guard import put_back
+from agent.hosting import cpu_features, judge
+from agent.journal import Entry, Journal, Side, State
+from agent.link import (
+    Attach,
+    Departed,
+    EndGuest,
+    Failed,
+    NeedLifeline,
+    Offer,
+    Owner,
+    Packet,
+    Progress,
+    StartDeparture,
+    TreeIds,
+    Verdict,
+)
+from agent.peers import IncomingConnection, Peers, RawConnection
+from agent.selection import choose_host
+from criu_hooks.preflight import Report, check
+from criu_hooks.proc import boot_id
+from criu_hooks.tree import ProcessTree
+from migrate import messages, paths
+from migrate.config import Config, Host
+from migrate.errors import HostError, MigrateError, PeerError, UserError
+
+log = logging.getLogger(__name__)
+
+OFFER_SECONDS = 20.0
+RETRY_SECONDS = 1.0
+SYSTEM_DIRECTORIES = (
+    "/usr",
+    "/lib",
+    "/lib64",
+    "/bin",
+    "/sbin",
+    "/etc",
+    "/opt",
+    "/var/lib",
+    "/var/log",
+    "/proc",
+    "/sys",
+    "/dev",
+    "/run",
+    "/boot",
+)
+VIEW_DIRECTORIES = ("/home", "/tmp", "/var/tmp")
+
+Tell = Callable[[messages.Progress], Awaitable[None]]
+
+
+class Broker:
+    """All of it, for the running loop."""
+
+    def __init__(self, config: Config, peers: Peers, criu_version: str) -> None:
+        self._config = config
+        self._peers = peers
+        self._criu_version = criu_version
+        self._journal = Journal()
+        self._boot_id = boot_id()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._moving: set[int] = set()
+        self.agents = Agents(self._heard, self._ended)
+
+    # ------------------------------------------------------------------ start and stop
+
+    def start(self) -> None:
+        """Find agents again, and settle what was left undone."""
+        self.agents.find_again()
+        for entry in self._journal.in_state(State.BEGUN, State.COMMITTED, State.OFFERED):
+            self._settle_left(entry)
+
+    def _settle_left(self, entry: Entry) -> None:
+        """A transaction of which the journal says that it did not end."""
+        role = "guard" if entry.side is Side.SOURCE else "keeper"
+        if self.agents.find(role, entry.guest) is not None:
+            if entry.state is State.COMMITTED:
+                self._spawn(self._settle(entry))
+            return
+        if entry.boot_id != self._boot_id:
+            self._journal.move(
+                entry.transaction,
+                entry.side,
+                State.ABORTED,
+                after=entry.state,
+                reason="host rebooted",
+            )
+        elif entry.side is Side.DESTINATION:
+            self._give_up(entry, "the keeper was killed")
+        elif entry.state is State.BEGUN:
+            self._roll_back(entry, "the guard was killed")
+        else:
+            self._spawn(self._settle(entry))
+
+    def close(self) -> None:
+        """Agents run on."""
+        for task in self._tasks:
+            task.cancel()
+        self.agents.close()
+        self._journal.close()
+
+    def _spawn(self, work: Awaitable[None]) -> None:
+        async def run() -> None:
+            try:
+                await work
+            except MigrateError as error:
+                log.warning("%s", error)
+            except Exception:
+                log.exception("a task failed")
+
+        task = asyncio.get_running_loop().create_task(run())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    # ------------------------------------------------------------------ clients
+
+    async def move(
+        self, request: messages.Move, caller_uid: int, caller_pid: int, tell: Tell
+    ) -> messages.Reply:
+        """Move a process for a client of this host. Raises MigrateError."""
+        pid = request.pid
+        if pid in self._moving:
+            raise UserError(f"pid {pid}", "is being moved already", "wait for that to end")
+        self._moving.add(pid)
+        try:
+            report = await asyncio.to_thread(self._preflight, pid, caller_uid, caller_pid)
+            if report.obstacles or report.tree is None:
+                return messages.Refused(
+                    tuple(
+                        messages.Obstacle(o.subject, o.reason, o.remedy) for o in report.obstacles
+                    )
+                )
+            notes = tuple(map(str, report.notes))
+            if request.check_only:
+                return messages.Checked(pid, notes)
+            departed = await self._send_away(request, report.tree, tell)
+            return messages.Moved(
+                pid, departed.destination, departed.frozen_ms, departed.sent_bytes, notes
+            )
+        finally:
+            self._moving.discard(pid)
+
+    def _preflight(self, pid: int, caller_uid: int, caller_pid: int) -> Report:
+        return check(
+            pid,
+            caller_uid,
+            caller_pid=caller_pid,
+            in_view=self._in_view,
+            ghost_limit_bytes=self._config.ghost_limit_bytes,
+            link_remap=True,
+        )
+
+    def _in_view(self, path: str) -> bool:
+        local = (*SYSTEM_DIRECTORIES, *self._config.shared_paths)
+        return not any(path == top or path.startswith(top + "/") for top in local)
+
+    async def _send_away(self, request: messages.Move, tree: ProcessTree, tell: Tell) -> Departed:
+        named = self._named_host(request)
+        if named is not None:
+            return await self._depart(tree, named, tell)
+        refused: set[str] = set()
+        while True:
+            host = await choose_host(self._config, self._peers, frozenset(refused))
+            try:
+                return await self._depart(tree, host, tell)
+            except PeerError as error:
+                # A refused offer is the next host's chance.
+                log.info("%s", error)
+                refused.add(host.name)
+                if len(refused) >= len(self._config.peers):
+                    raise
+
+    def _named_host(self, request: messages.Move) -> Host | None:
+        if request.host:
+            host = self._config.host_named(request.host)
+        elif request.host_id:
+            host = self._config.host_with_id(request.host_id)
+        else:
+            return None
+        if host.name == self._config.name:
+            raise UserError(
+                f"pid {request.pid}", f"runs on {host.name} already", "name another host"
+            )
+        return host
+
+    async def _depart(self, tree: ProcessTree, host: Host, tell: Tell) -> Departed:
+        offer = self._make_offer(tree)
+        control = self._peers.control(host)
+        question = peer_messages.encode(peer_messages.MakeOffer(offer))
+        bulk_task = asyncio.create_task(self._peers.raw.take(host))
+        lifeline_task = asyncio.create_task(self._peers.raw.take(host))
+        connections: list[RawConnection] = []
+        try:
+            answer = peer_messages.decode_answer(await control.request(question, OFFER_SECONDS))
+            if not isinstance(answer, peer_messages.Accepted):
+                raise PeerError(f"host {host.name}", "it answers an offer with something else")
+            connections = [await bulk_task, await lifeline_task]
+            connections[0].begin("bulk", offer.guest)
+            connections[1].begin("lifeline", offer.guest)
+            start = StartDeparture(
+                offer=offer,
+                destination=host.name,
+                destination_boot_id=answer.boot_id,
+                starttime_ticks=tree.root.starttime_ticks,
+                host_pid=tree.root.pid,
+                ghost_limit_bytes=self._config.ghost_limit_bytes,
+                lost_seconds=self._config.lost_seconds,
+            )
+            agent = self.agents.start("guard", offer.guest, None)
+            fds = tuple(fd for c in connections for fd in (c.fd_in, c.fd_out))
+            queue: asyncio.Queue[Packet] = asyncio.Queue()
+            agent.waiting.append(queue)
+            try:
+                agent.link.send(start, fds)
+                for connection in connections:
+                    connection.detach()
+                return await self._follow(agent, queue, tell)
+            finally:
+                agent.waiting.remove(queue)
+        finally:
+            for task in (bulk_task, lifeline_task):
+                if not task.done():
+                    task.cancel()
+                elif not task.cancelled() and task.exception() is None:
+                    task.result().close()
+
+    async def _follow(self, agent: Agent, queue: asyncio.Queue[Packet], tell: Tell) -> Departed:
+        while True:
+            match await queue.get():
+                case Progress(step, sent_bytes):
+                    await tell(messages.Progress(step, sent_bytes))
+                case Departed() as departed:
+                    log.info(
+                        "%s: moved to %s, frozen %.0f ms, %d bytes",
+                        departed.transaction,
+                        departed.destination,
+                        departed.frozen_ms,
+                        departed.sent_bytes,
+                    )
+                    return departed
+                case Failed() as failed:
+                    raise PeerError(failed.what, failed.reason, failed.remedy)
+                case None:
+                    raise HostError("guard", "was killed; the process runs on here", "try again")
+
+    def _make_offer(self, tree: ProcessTree) -> Offer:
+        root = tree.root
+        credentials = root.credentials
+        uid = credentials.uids.real
+        try:
+            name = pwd.getpwuid(uid).pw_name
+        except KeyError:
+            raise UserError(f"uid {uid}", "has no account on this host") from None
+        return Offer(
+            transaction=secrets.token_hex(6),
+            guest=f"{root.pid}-{secrets.token_hex(6)}",
+            home=self._config.name,
+            source=self._config.name,
+            owner=Owner(name, uid, credentials.gids.real, tuple(credentials.groups)),
+            ids=TreeIds(root.pid, root.ppid, root.pgid, root.sid),
+            epoch=1,
+            memory_bytes=sum(p.status.dump_bytes for p in tree.members),
+            machine=os.uname().machine,
+            cpu_features=cpu_features(),
+            criu_version=self._criu_version,
+            hostname=os.uname().nodename,
+            cwd=root.private.cwd,
+            view=self._view_of(tree),
+            command=" ".join(root.private.cmdline)[:200],
+            freeze_limit_seconds=self._config.freeze_limit_seconds,
+            cut_freeze_seconds=self._config.cut_freeze_seconds,
+            home_boot_id=self._boot_id,
+        )
+
+    def _view_of(self, tree: ProcessTree) -> tuple[str, ...]:
+        """What comes from home: where users write, and where this tree works and has files open."""
+        found = list(VIEW_DIRECTORIES)
+        wanted = [p.private.cwd for p in tree.members]
+        wanted += [
+            str(Path(f.link).parent)
+            for _, f in tree.files()
+            if f.link.startswith("/") and not f.deleted
+        ]
+        for directory in wanted:
+            covered = any(directory == top or directory.startswith(top + "/") for top in found)
+            if directory != "/" and not covered and self._in_view(directory):
+                found.append(directory)
+        return tuple(path for path in found if path not in self._config.shared_paths)
+
+    # ------------------------------------------------------------------ agents
+
+    def _heard(self, agent: Agent, packet: Packet) -> None:
+        match packet:
+            case NeedLifeline(host):
+                self._spawn(self._connect_lifeline(agent, host))
+            case Failed(in_doubt=True) as failed:
+                entry = self._journal.find(failed.transaction, Side.SOURCE)
+                if entry is not None:
+                    self._spawn(self._settle(entry))
+
+    def _ended(self, agent: Agent) -> None:
+        for queue in agent.waiting:
+            queue.put_nowait(None)  # type: ignore[arg-type]
+        side = Side.SOURCE if agent.role == "guard" else Side.DESTINATION
+        for entry in self._journal.in_state(
+            State.BEGUN, State.COMMITTED, State.OFFERED, State.RESUMED
+        ):
+            if entry.guest != agent.guest or entry.side is not side:
+                continue
+            log.warning("%s: %s of %s was killed", entry.transaction, agent.role, entry.guest)
+            if side is Side.DESTINATION:
+                self._give_up(entry, "the keeper was killed")
+            elif entry.state is State.BEGUN:
+                self._roll_back(entry, "the guard was killed")
+            elif entry.state is State.COMMITTED:
+                self._spawn(self._settle(entry))
+            return
+        if paths.GUESTS_DIR.joinpath(agent.guest).exists():
+            clean_up(agent.guest)
+
+    def _give_up(self, entry: Entry, reason: str) -> None:
+        state = State.ABORTED if entry.state is State.OFFERED else State.ENDED
+        clean_up(entry.guest)
+        self._journal.move(entry.transaction, entry.side, state, after=entry.state, reason=reason)
+
+    def _roll_back(self, entry: Entry, reason: str) -> None:
+        """Not committed, and nobody drives it any more: the original runs on."""
+        if self._journal.move(
+            entry.transaction, Side.SOURCE, State.ABORTED, after=State.BEGUN, reason=reason
+        ):
+            put_back(Cgroup(guest_path(entry.guest, "tree")), Path(entry.origin_cgroup))
+            clean_up(entry.guest)
+            log.info("%s: rolled back: %s", entry.transaction, reason)
+
+    async def _connect_lifeline(self, agent: Agent, name: str) -> None:
+        """A guard has lost its lifeline: again and again until it is back or the guard is gone."""
+        host = self._config.host_named(name)
+        while self.agents.find(agent.role, agent.guest) is agent:
+            try:
+                connection = await self._peers.raw.take(host)
+                connection.begin("lifeline", agent.guest)
+            except MigrateError as error:
+                log.info("%s: no lifeline yet: %s", agent.guest, error)
+                await asyncio.sleep(RETRY_SECONDS)
+                continue
+            agent.link.send(Attach("lifeline", name), (connection.fd_in, connection.fd_out))
+            connection.detach()
+            return
+
+    async def _settle(self, entry: Entry) -> None:
+        """In doubt: ask the destination for its record until it answers."""
+        host = self._config.host_named(entry.peer)
+        question = peer_messages.encode(peer_messages.AskOutcome(entry.transaction))
+        while True:
+            try:
+                data = await self._peers.control(host).request(question, OFFER_SECONDS)
+                answer = peer_messages.decode_answer(data)
+            except MigrateError as error:
+                log.info("%s: in doubt: %s", entry.transaction, error)
+                await asyncio.sleep(RETRY_SECONDS)
+                continue
+            if not isinstance(answer, peer_messages.OutcomeIs):
+                return
+            if (
+                answer.state in (State.RESUMED, State.ENDED)
+                and answer.boot_id == entry.peer_boot_id
+            ):
+                self._conclude(entry, resumed=True)
+                return
+            if answer.state == State.ABORTED or answer.boot_id != entry.peer_boot_id:
+                self._conclude(entry, resumed=False)
+                return
+            await asyncio.sleep(RETRY_SECONDS)
+
+    def _conclude(self, entry: Entry, *, resumed: bool) -> None:
+        log.info(
+            "%s: settled: %s", entry.transaction, "resumed there" if resumed else "aborted there"
+        )
+        guard = self.agents.find("guard", entry.guest)
+        if guard is not None:
+            guard.link.send(Verdict(resumed))
+        elif not resumed:
+            if self._journal.move(
+                entry.transaction, Side.SOURCE, State.ABORTED, after=State.COMMITTED
+            ):
+                put_back(Cgroup(guest_path(entry.guest, "tree")), Path(entry.origin_cgroup))
+                clean_up(entry.guest)
+        else:
+            # It runs there, but its guard, which held its pipes and files, was killed.
+            self._journal.move(
+                entry.transaction,
+                Side.SOURCE,
+                State.ENDED,
+                after=State.COMMITTED,
+                reason="the guard was killed",
+            )
+            clean_up(entry.guest)
+
+    # ------------------------------------------------------------------ peers
+
+    async def answer(self, peer: str, payload: bytes) -> bytes:
+        """A question of another migd. Raises MigrateError, which is told to it."""
+        try:
+            question = peer_messages.decode_question(payload)
+        except msgspec.MsgspecError as error:
+            raise PeerError(
+                "question", f"makes no sense here ({error})", "use the same version"
+            ) from None
+        match question:
+            case peer_messages.AskLoad():
+                load = os.getloadavg()[0] / (os.cpu_count() or 1)
+                return peer_messages.encode(peer_messages.Load(load, self._config.accept_guests))
+            case peer_messages.MakeOffer(offer):
+                return peer_messages.encode(self._take_in(offer, peer))
+            case peer_messages.AskOutcome(transaction):
+                entry = self._journal.find(transaction, Side.DESTINATION)
+                state = entry.state if entry is not None and entry.peer == peer else ""
+                return peer_messages.encode(peer_messages.OutcomeIs(str(state), self._boot_id))
+            case _:
+                raise PeerError("question", "is not answered here", "use the same version")
+
+    def _take_in(self, offer: Offer, peer: str) -> peer_messages.Accepted:
+        judge(offer, peer, self._config, self._criu_version)
+        if not offer.guest.replace("-", "").isalnum() or not offer.transaction.isalnum():
+            raise PeerError("offer", "its names are malformed")
+        if self.agents.find("keeper", offer.guest) is not None:
+            raise PeerError(f"host {self._config.name}", "that guest is here already")
+        self._journal.record(
+            Entry(
+                transaction=offer.transaction,
+                side=Side.DESTINATION,
+                state=State.OFFERED,
+                guest=offer.guest,
+                peer=peer,
+                peer_boot_id="",
+                home=offer.home,
+                pid=offer.ids.pid,
+                starttime_ticks=0,
+                user=offer.owner.name,
+                uid=offer.owner.uid,
+                command=offer.command,
+                origin_cgroup="",
+                reason="",
+                since=time.time(),
+                boot_id=self._boot_id,
+            )
+        )
+        place = "local" if offer.home == self._config.name else "remote"
+        agent = self.agents.start("keeper", offer.guest, offer, place)
+        agent.link.socket.send(msgspec.msgpack.encode(offer))
+        log.info("%s: offer of %s from %s accepted", offer.transaction, offer.guest, peer)
+        return peer_messages.Accepted(self._boot_id)
+
+    async def incoming(self, connection: IncomingConnection) -> None:
+        """A raw connection of a peer: to the keeper that it names."""
+        try:
+            agent = self.agents.find("keeper", connection.token)
+            if agent is None or agent.offer is None:
+                log.info(
+                    "host %s: asks for %s, which is not here", connection.peer, connection.token
+                )
+                return
+            wanted = agent.offer.source if connection.purpose == "bulk" else agent.offer.home
+            if connection.peer != wanted:
+                log.warning("host %s: may not reach %s", connection.peer, connection.token)
+                return
+            fds = (connection.fd_in, connection.fd_out, connection.fd_hold)
+            agent.link.send(Attach(connection.purpose, connection.peer), fds)
+        finally:
+            connection.close()
+
+    # ------------------------------------------------------------------ administration
+
+    def list_guests(self, caller_uid: int) -> messages.Guests:
+        """What `migctl ps` shows: to root everything, to others what is theirs."""
+        rows = []
+        for entry in self._journal.in_state(
+            State.BEGUN, State.COMMITTED, State.OFFERED, State.RESUMED
+        ):
+            if caller_uid not in (0, entry.uid) or entry.boot_id != self._boot_id:
+                continue
+            where = entry.peer if entry.side is Side.SOURCE else self._config.name
+            state = {
+                State.BEGUN: "leaving",
+                State.COMMITTED: "in doubt",
+                State.OFFERED: "arriving",
+                State.RESUMED: "away" if entry.side is Side.SOURCE else "guest",
+            }[entry.state]
+            rows.append(
+                messages.GuestRow(
+                    entry.pid, entry.user, entry.home, where, entry.since, state, entry.command
+                )
+            )
+        return messages.Guests(tuple(rows))
+
+    async def recover(self, request: messages.Recover) -> messages.Recovered:
+        """Settle transactions in doubt, and say how."""
+        lines = []
+        for entry in self._journal.in_state(State.COMMITTED):
+            if entry.side is not Side.SOURCE:
+                continue
+            if entry.peer == request.lost_host:
+                self._conclude(entry, resumed=False)
+                lines.append(f"{entry.transaction}: pid {entry.pid} runs here again")
+                continue
+            try:
+                async with asyncio.timeout(OFFER_SECONDS):
+                    await self._settle(entry)
+                lines.append(f"{entry.transaction}: pid {entry.pid} settled with {entry.peer}")
+            except TimeoutError:
+                lines.append(
+                    f"{entry.transaction}: pid {entry.pid} waits for {entry.peer}, which does not answer;"
+                    f" if it will never come back: migctl recover --lost {entry.peer}"
+                )
+        return messages.Recovered(tuple(lines))
+
+    def end_guest(self, guest: str, reason: str) -> None:
+        """Kill a guest that runs here."""
+        keeper = self.agents.find("keeper", guest)
+        if keeper is not None:
+            keeper.link.send(EndGuest(reason))

@@ -1,0 +1,118 @@
+"""The capsule: the namespaces that a guest lives in.
+
+The pid namespace gives it its old pid whatever is taken outside; the mount namespace shows home's files where a
+user expects them; uts shows home's host name; ipc keeps its System V objects apart.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from agent import syscalls
+from agent.syscalls import (
+    CLONE_NEWIPC,
+    CLONE_NEWNS,
+    CLONE_NEWUTS,
+    MS_BIND,
+    MS_NODEV,
+    MS_NOEXEC,
+    MS_NOSUID,
+    MS_REC,
+    MS_SLAVE,
+)
+from migrate.errors import HostError
+
+SHM_OPTIONS = "mode=1777"
+
+
+@dataclass(frozen=True)
+class Capsule:
+    """Handles of a capsule that stands. The pid namespace is the keeper's own."""
+
+    mount_fd: int
+    uts_fd: int
+    ipc_fd: int
+    proc_fd: int
+    """the capsule's /proc, as a directory descriptor"""
+
+    def enter(self) -> None:
+        """Move the calling (single-threaded) process inside."""
+        syscalls.setns(self.ipc_fd)
+        syscalls.setns(self.uts_fd)
+        syscalls.setns(self.mount_fd)
+
+    def close(self) -> None:
+        """Let go of it; it ends with its last process."""
+        for fd in (self.mount_fd, self.uts_fd, self.ipc_fd, self.proc_fd):
+            os.close(fd)
+
+
+def build(hostname: str, view: Path | None, directories: Iterable[str]) -> Capsule:
+    """Make a capsule; the caller lives in the new pid namespace already.
+
+    :param view: where home's root directory is mounted; None at home itself.
+    :param directories: absolute paths that come from home.
+    :raises HostError: with the step that failed.
+    """
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        pid = os.fork()
+        if pid == 0:
+            _inside(theirs, hostname, view, directories)
+        theirs.close()
+        try:
+            word = ours.recv(4096)
+            if word != b"ok":
+                raise HostError("capsule", word.decode(errors="replace") or "could not be built")
+            fds: list[int] = []
+            try:
+                _, fds, _, _ = socket.recv_fds(ours, 16, 4)
+                return Capsule(*fds)
+            except TypeError:
+                for fd in fds:
+                    os.close(fd)
+                raise HostError("capsule", "could not be built") from None
+        finally:
+            ours.close()
+            os.waitpid(pid, 0)
+
+
+def _inside(
+    report: socket.socket, hostname: str, view: Path | None, directories: Iterable[str]
+) -> None:
+    """The builder: a child that sets everything up, hands over handles, and ends."""
+    status = 1
+    step = "namespaces"
+    try:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        syscalls.unshare(CLONE_NEWNS | CLONE_NEWUTS | CLONE_NEWIPC)
+        syscalls.mount("", Path("/"), flags=MS_REC | MS_SLAVE)
+        step = f"host name {hostname}"
+        socket.sethostname(hostname)
+        step = "/proc"
+        syscalls.mount("proc", Path("/proc"), "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC)
+        step = "/dev/shm"
+        if Path("/dev/shm").is_dir():
+            syscalls.mount("tmpfs", Path("/dev/shm"), "tmpfs", MS_NOSUID | MS_NODEV, SHM_OPTIONS)
+        if view is not None:
+            for directory in directories:
+                step = f"home's {directory}"
+                source = view / directory.lstrip("/")
+                syscalls.mount(str(source), Path(directory), flags=MS_BIND)
+        report.send(b"ok")
+        names = ("/proc/self/ns/mnt", "/proc/self/ns/uts", "/proc/self/ns/ipc")
+        fds = [os.open(name, os.O_RDONLY | os.O_CLOEXEC) for name in names]
+        fds.append(os.open("/proc", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+        socket.send_fds(report, [b"fds"], fds)
+        status = 0
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            report.send(f"{step}: {error.strerror}".encode())
+    finally:
+        os._exit(status)

@@ -1,0 +1,159 @@
+"""Control groups, version 2: how trees are frozen, thawed and killed as a whole.
+
+The files are described in the kernel's Documentation/admin-guide/cgroup-v2.rst. None of this needs a
+controller, so a hierarchy without any (beside version 1) serves as well.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+from migrate.errors import HostError
+
+SLICE = "migrate-guests.slice"
+"""Guests live here, never below migd's own service."""
+
+
+def hierarchy() -> Path:
+    """Where the version 2 hierarchy is mounted. Raises HostError if it is nowhere."""
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        before, _, after = line.partition(" - ")
+        if after.startswith("cgroup2 "):
+            return Path(before.split()[4])
+    raise HostError(
+        "cgroup", "no version 2 hierarchy is mounted", "mount -t cgroup2 cgroup2 /sys/fs/cgroup"
+    )
+
+
+def guest_path(guest: str, part: str) -> Path:
+    """The cgroup directory of one part (`tree`, `keeper`, `origin`) of a guest."""
+    return hierarchy() / SLICE / guest / part
+
+
+def of_process(pid: int) -> Path:
+    """The cgroup that a process is in."""
+    for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines():
+        if line.startswith("0::"):
+            return hierarchy() / line[3:].lstrip("/")
+    raise HostError(f"pid {pid}", "is in no version 2 cgroup")
+
+
+class Cgroup:
+    """One cgroup directory. Numbers are pids as the caller's pid namespace counts."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def create(self) -> None:
+        """Make it, and what is above it."""
+        self.path.mkdir(mode=0o755, parents=True, exist_ok=True)
+
+    def remove(self) -> None:
+        """Remove it, if it is empty; it may be gone already. Raises OSError (EBUSY) if it is not."""
+        with contextlib.suppress(FileNotFoundError):
+            self.path.rmdir()
+
+    def add(self, pid: int) -> None:
+        """Move a process here, with its threads. Raises ProcessLookupError."""
+        self._write("cgroup.procs", str(pid))
+
+    def pids(self) -> frozenset[int]:
+        """Its processes; empty if it is gone."""
+        try:
+            return frozenset(map(int, (self.path / "cgroup.procs").read_text().split()))
+        except (FileNotFoundError, OSError):
+            return frozenset()
+
+    def gather(self, root: int, descendants: Iterable[int]) -> None:
+        """Move a tree here: children born while we move are found by looking again."""
+        for pid in (root, *descendants):
+            with contextlib.suppress(ProcessLookupError):
+                self.add(pid)
+
+    def freeze(self) -> None:
+        """Ask for it; `wait_frozen` waits."""
+        self._write("cgroup.freeze", "1")
+
+    def thaw(self) -> None:
+        """Let everything in it run; no error if it is gone."""
+        with contextlib.suppress(FileNotFoundError):
+            self._write("cgroup.freeze", "0")
+
+    def kill(self) -> None:
+        """SIGKILL to everything in it, also what is frozen or just being forked."""
+        with contextlib.suppress(FileNotFoundError):
+            self._write("cgroup.kill", "1")
+
+    @property
+    def frozen(self) -> bool:
+        """Whether every task in it stands still."""
+        return self._event("frozen")
+
+    @property
+    def populated(self) -> bool:
+        """Whether any process (zombies aside) is left in it."""
+        return self._event("populated")
+
+    def wait_frozen(self, seconds: float) -> bool:
+        """Wait until all stand still; False if that takes longer."""
+        return self._wait("frozen", True, seconds)
+
+    def wait_empty(self, seconds: float) -> bool:
+        """Wait until all have ended; False if that takes longer."""
+        return self._wait("populated", False, seconds)
+
+    def _wait(self, name: str, wanted: bool, seconds: float) -> bool:
+        deadline = time.monotonic() + seconds
+        try:
+            file = open(self.path / "cgroup.events")
+        except FileNotFoundError:
+            return not wanted
+        with file:
+            poll = select.poll()
+            poll.register(file, select.POLLPRI)
+            while True:
+                file.seek(0)
+                if (f"{name} 1" in file.read().splitlines()) is wanted:
+                    return True
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    return False
+                poll.poll(left * 1000)
+
+    def _event(self, name: str) -> bool:
+        try:
+            return f"{name} 1" in (self.path / "cgroup.events").read_text().splitlines()
+        except FileNotFoundError:
+            return False
+
+    def _write(self, name: str, text: str) -> None:
+        fd = os.open(self.path / name, os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            os.write(fd, text.encode())
+        finally:
+            os.close(fd)
+
+
+def dissolve(guest: str) -> None:
+    """Kill and remove every cgroup of a guest on this host."""
+    base = hierarchy() / SLICE / guest
+    if not base.is_dir():
+        return
+    for child in [p for p in base.iterdir() if p.is_dir()]:
+        cgroup = Cgroup(child)
+        cgroup.kill()
+        cgroup.thaw()
+        cgroup.wait_empty(5)
+        # criu leaves its yard behind when it was killed
+        for left in [p for p in child.iterdir() if p.is_dir()]:
+            with contextlib.suppress(OSError):
+                left.rmdir()
+        with contextlib.suppress(OSError):
+            cgroup.remove()
+    with contextlib.suppress(OSError):
+        base.rmdir()

@@ -1,0 +1,263 @@
+"""The source's side of a migration: freeze, dump, commit. Used by a guard (first migration) and a keeper (hops).
+
+Up to COMMITTED every failure puts the original back to work. After it the original stays frozen until the
+destination has said what it recorded.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from agent.bulk import Bulk
+from agent.cgroups import Cgroup
+from agent.journal import Journal, Side, State
+from agent.link import Aborted, Commit, Dumped, Prepared, Ready, Resumed, StartDeparture
+from agent.reactor import READ, Reactor
+from criu_hooks.calls import CriuCall, Done, DumpRequest, Event, spawn_swrk
+from criu_hooks.pages import PageSource
+from migrate.errors import CriuError, HostError, MigrateError, PeerError
+
+PREPARE_SECONDS = 30.0
+PUMP_BYTES = 1 << 20
+
+
+class InDoubt(Exception):
+    """Committed, but the destination has not said RESUMED; only its record can tell."""
+
+
+class Original(Protocol):
+    """The tree that leaves, as its guard or keeper knows it."""
+
+    @property
+    def pid(self) -> int:
+        """of the root, as criu counts"""
+
+    @property
+    def cgroup(self) -> Cgroup:
+        """the tree's own cgroup"""
+
+    @property
+    def shell_job(self) -> bool:
+        """the root leads no session of its own"""
+
+    def gather(self) -> None:
+        """Move the tree into its cgroup."""
+
+    def enter(self) -> None:
+        """In the child that becomes criu: enter the tree's namespaces."""
+
+    def describe(self) -> Dumped:
+        """Once all is frozen: what the destination must know. Raises MigrateError: it cannot move."""
+
+    def put_back(self) -> None:
+        """Undo `gather`, and let the tree run."""
+
+
+@dataclass
+class Outcome:
+    """What a departure cost."""
+
+    frozen_seconds: float
+    sent_bytes: int
+
+
+class Departure:
+    """One attempt to move one tree."""
+
+    def __init__(
+        self,
+        reactor: Reactor,
+        journal: Journal,
+        bulk: Bulk,
+        start: StartDeparture,
+        original: Original,
+        progress: Callable[[str, int], None],
+    ) -> None:
+        self._reactor = reactor
+        self._journal = journal
+        self._bulk = bulk
+        self._start = start
+        self._original = original
+        self._progress = progress
+        self._patience = start.offer.freeze_limit_seconds
+        self._frozen_at = 0.0
+
+    def run(self, call: CriuCall, images: Path) -> Outcome:
+        """Move it.
+
+        :param call: prepared already.
+        :param images: an empty directory for the small images, on a file system in memory.
+        :raises MigrateError: nothing has happened, the tree runs as before.
+        :raises InDoubt: see there.
+        """
+        transaction = self._start.offer.transaction
+        try:
+            self._expect(Prepared, PREPARE_SECONDS)
+            self._progress("prepared", 0)
+            self._freeze_and_dump(call, images)
+            self._expect(Ready, self._patience)
+            self._progress("ready", self._bulk.sent_bytes)
+            if not self._original.cgroup.wait_frozen(self._patience):
+                raise HostError("cgroup", "the tree did not stay frozen")
+        except BaseException as error:
+            self._journal.move(
+                transaction, Side.SOURCE, State.ABORTED, after=State.BEGUN, reason=str(error)
+            )
+            self._original.put_back()
+            raise
+        if not self._journal.move(transaction, Side.SOURCE, State.COMMITTED, after=State.BEGUN):
+            self._original.put_back()
+            raise HostError("journal", "the migration was rolled back meanwhile")
+        return self._commit()
+
+    def _commit(self) -> Outcome:
+        try:
+            self._bulk.send_message(Commit())
+            answer = self._bulk.receive_message()
+        except PeerError as error:
+            raise InDoubt(str(error)) from error
+        seconds = time.monotonic() - self._frozen_at
+        if isinstance(answer, Resumed):
+            self._journal.move(
+                self._start.offer.transaction, Side.SOURCE, State.RESUMED, after=State.COMMITTED
+            )
+            return Outcome(seconds, self._bulk.sent_bytes)
+        if isinstance(answer, Aborted):
+            # It has recorded that: proof enough.
+            self._journal.move(
+                self._start.offer.transaction,
+                Side.SOURCE,
+                State.ABORTED,
+                after=State.COMMITTED,
+                reason=answer.reason,
+            )
+            self._original.put_back()
+            raise PeerError(answer.what, answer.reason, answer.remedy)
+        raise InDoubt("an answer that makes no sense")
+
+    def _expect(self, kind: type[Prepared] | type[Ready], seconds: float) -> None:
+        answer = self._bulk.receive_message(seconds)
+        if isinstance(answer, Aborted):
+            raise PeerError(answer.what, answer.reason, answer.remedy)
+        if not isinstance(answer, kind):
+            raise PeerError(f"host {self._bulk.peer}", "it breaks the protocol of migrations")
+
+    def _freeze_and_dump(self, call: CriuCall, images: Path) -> None:
+        self._original.gather()
+        self._frozen_at = time.monotonic()
+        self._original.cgroup.freeze()
+        ours, theirs = socket.socketpair()
+        images_fd = os.open(images, os.O_RDONLY | os.O_DIRECTORY)
+        criu = 0
+        try:
+            with ours, theirs:
+                criu = spawn_swrk(call.criu_end, [theirs.fileno()], self._original.enter)
+                call.begin(
+                    DumpRequest(
+                        pid=self._original.pid,
+                        images_fd=images_fd,
+                        page_server_fd=theirs.fileno(),
+                        freeze_cgroup=str(self._original.cgroup.path),
+                        ghost_limit_bytes=self._start.ghost_limit_bytes,
+                        shell_job=self._original.shell_job,
+                        log_path=str(images / "dump.log"),
+                    )
+                )
+                theirs.close()
+                self._pump(call, ours, images)
+        except BaseException:
+            if criu:
+                os.kill(criu, signal.SIGKILL)
+            raise
+        finally:
+            os.close(images_fd)
+            if criu:
+                os.waitpid(criu, 0)
+
+    def _pump(self, call: CriuCall, pages: socket.socket, images: Path) -> None:
+        """Forward the page stream until criu holds the dumped tree, then what else there is."""
+        source = PageSource()
+        buffer = bytearray(PUMP_BYTES)
+        view = memoryview(buffer)
+        open_ = True
+        pending: list[int] = []
+
+        def forward(events: int) -> None:
+            nonlocal open_
+            count = pages.recv_into(buffer)
+            if not count:
+                open_ = False
+                self._reactor.unregister(pages.fileno())
+                return
+            reply = source.answers(view[:count])
+            if reply:
+                pages.send(reply)
+            pending.append(count)
+            self._reactor.modify(pages.fileno(), 0)
+
+        self._reactor.register(pages.fileno(), READ, forward)
+        try:
+            described: Dumped | None = None
+            while True:
+                event = self._next(call, pending)
+                if event is None:
+                    count = pending.pop()
+                    self._bulk.send_pages(view[:count])
+                    self._progress("memory", self._bulk.sent_bytes)
+                    if open_:
+                        self._reactor.modify(pages.fileno(), READ)
+                    continue
+                if isinstance(event, Done):
+                    if not event.ok:
+                        raise CriuError(f"pid {self._start.host_pid}", event.reason)
+                    break
+                if event.script == "post-dump":
+                    described = self._original.describe()
+                    self._send_images(images, described)
+                call.proceed()
+        finally:
+            if open_:
+                self._reactor.unregister(pages.fileno())
+        if described is None or not source.finished:
+            raise CriuError(f"pid {self._start.host_pid}", "the dump ended early")
+
+    def _next(self, call: CriuCall, pending: list[int]) -> Event | None:
+        """The next event of criu, or None when pages have come."""
+        seen = False
+
+        def event(events: int) -> None:
+            nonlocal seen
+            seen = True
+            self._reactor.modify(call.fileno(), 0)
+
+        deadline = time.monotonic() + self._patience
+        self._reactor.register(call.fileno(), READ, event)
+        try:
+            while not seen and not pending:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise CriuError("criu", f"made no progress for {self._patience:g} seconds")
+                self._reactor.turn(left)
+        finally:
+            self._reactor.unregister(call.fileno())
+        return None if pending else call.receive(1)
+
+    def _send_images(self, images: Path, described: Dumped) -> None:
+        for path in sorted(images.iterdir()):
+            if path.suffix == ".img" and path.name != "stats-dump":
+                self._bulk.send_image(path.name, path.read_bytes())
+        self._bulk.send_message(described)
+
+
+def failure_words(error: BaseException) -> tuple[str, str, str]:
+    """What, reason and remedy of any error, for a Failed or Aborted message."""
+    if isinstance(error, MigrateError):
+        return error.what, error.reason, error.remedy
+    return "migration", f"internal error: {error!r}", "see the log of migd"

@@ -1,0 +1,52 @@
+"""The control messages between a guard and a keeper, on stream 0 of their lifeline."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class Signal(msgspec.Struct, frozen=True, tag="signal"):
+    """guard → keeper: a signal that reached the deputy, for the root of the guest."""
+
+    number: int
+    value: int | None = None
+
+
+class Kill(msgspec.Struct, frozen=True, tag="kill"):
+    """guard → keeper: the deputy was killed; so is the guest."""
+
+
+class Started(msgspec.Struct, frozen=True, tag="started"):
+    """keeper → guard: the guest runs here from this epoch on. Offsets received on each stream so far."""
+
+    epoch: int
+
+
+class Stopped(msgspec.Struct, frozen=True, tag="stopped"):
+    """keeper → guard: the root of the guest was stopped by a signal."""
+
+    number: int
+    offsets: tuple[tuple[int, int], ...] = ()
+
+
+class Continued(msgspec.Struct, frozen=True, tag="continued"):
+    """keeper → guard: it runs again."""
+
+
+class Ended(msgspec.Struct, frozen=True, tag="ended"):
+    """keeper → guard: it ended, 0 to 255 or minus the signal; all its output was sent before."""
+
+    exit_code: int
+    offsets: tuple[tuple[int, int], ...] = ()
+    """descriptor and position of each file that home shares"""
+
+
+ToKeeper = Signal | Kill
+ToGuard = Started | Stopped | Continued | Ended
+
+encode = msgspec.msgpack.Encoder().encode
+decode_for_keeper = msgspec.msgpack.Decoder(ToKeeper).decode
+decode_for_guard = msgspec.msgpack.Decoder(ToGuard).decode
+
+VIEW_STREAM = 1
+FIRST_PIPE_STREAM = 16

@@ -1,0 +1,106 @@
+"""The destination's judgement of an offer: may this guest come here?"""
+
+from __future__ import annotations
+
+import grp
+import os
+import pwd
+from pathlib import Path
+
+from agent.link import Offer, Owner
+from migrate.config import Config
+from migrate.errors import PeerError
+
+
+def cpu_features() -> tuple[str, ...]:
+    """The processor's feature flags, as /proc/cpuinfo names them (those all processors have)."""
+    common: set[str] | None = None
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith(("flags", "Features")):
+            flags = set(line.partition(":")[2].split())
+            common = flags if common is None else common & flags
+    return tuple(sorted(common or ()))
+
+
+def free_memory_bytes() -> int:
+    """Memory that can be had without swapping (MemAvailable, proc(5))."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def judge(offer: Offer, peer: str, config: Config, criu_version: str) -> None:
+    """Accept silently, or raise PeerError with the reason.
+
+    :param peer: who makes the offer, proved by its key.
+    """
+    here = f"host {config.name}"
+    if offer.source != peer:
+        raise PeerError(here, f"the offer comes from {peer}, not from {offer.source}")
+    config.host_named(offer.home)
+    if not config.accept_guests:
+        raise PeerError(here, "takes no guests (accept_guests = false)", "choose another host")
+    if offer.machine != os.uname().machine:
+        raise PeerError(
+            here, f"is {os.uname().machine}, the process {offer.machine}", "choose another host"
+        )
+    missing = set(offer.cpu_features) - set(cpu_features())
+    if missing:
+        names = ", ".join(sorted(missing)[:5])
+        raise PeerError(here, f"its processor lacks {names}", "choose another host")
+    if offer.criu_version != criu_version:
+        raise PeerError(
+            here,
+            f"has CRIU {criu_version}, {offer.source} has {offer.criu_version}",
+            "install the same version on both",
+        )
+    # The images are held once, and then the process itself.
+    needed = 2 * offer.memory_bytes + config.min_free_memory_bytes
+    if free_memory_bytes() < needed:
+        raise PeerError(
+            here,
+            f"has {free_memory_bytes() >> 20} MiB of memory free, {needed >> 20} MiB are needed",
+            "choose another host",
+        )
+    _judge_owner(offer.owner, here)
+    for directory in offer.view:
+        path = Path(directory)
+        if not path.is_absolute() or ".." in path.parts:
+            raise PeerError(here, f"{directory!r} is no absolute path")
+        if offer.home != config.name and not path.is_dir():
+            raise PeerError(
+                here, f"has no directory {directory}", f"create it there: mkdir {directory}"
+            )
+
+
+def _judge_owner(owner: Owner, here: str) -> None:
+    if owner.uid == 0:
+        raise PeerError(here, "takes no guests of root")
+    try:
+        account = pwd.getpwnam(owner.name)
+    except KeyError:
+        raise PeerError(
+            here, f"has no account {owner.name}", "create it with the same uid"
+        ) from None
+    if account.pw_uid != owner.uid:
+        raise PeerError(
+            here,
+            f"{owner.name} has uid {account.pw_uid} there, but {owner.uid} at home",
+            "give the account the same uid on both hosts",
+        )
+    allowed = set(os.getgrouplist(owner.name, account.pw_gid))
+    extra = {owner.gid, *owner.groups} - allowed
+    if extra:
+        raise PeerError(
+            here,
+            f"{owner.name} is not in group {', '.join(map(_group_name, sorted(extra)))} there",
+            "choose another host, or add the user to the group",
+        )
+
+
+def _group_name(gid: int) -> str:
+    try:
+        return grp.getgrgid(gid).gr_name
+    except KeyError:
+        return str(gid)

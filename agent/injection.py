@@ -1,0 +1,742 @@
+"""Make the frozen original of a process into its deputy, or into a mute one if that fails.
+
+The original is held by ptrace, its signals are blocked, it is thawed, and made to call execve on
+agent/deputy.py. From the thaw on, the kernel kills it if this process dies (PTRACE_O_EXITKILL): its
+guest runs elsewhere by then, and it must never run on. The hold lasts until the new program waits
+in its main loop: the interpreter may fail to start for many reasons (limits, files, memory), and a
+deputy that ended then would look like an end of the guest. What the new program writes to stdout
+and stderr until then is dropped.
+
+A process in group-stop (^Z) stays in it: ptrace lets it run through its start, and when let go it
+is stopped again, with no report to its parent. Its READY is in the socket by then; it answers after
+the SIGCONT, which it reports as any signal.
+
+A signal whose default action kills does so at once, also in a frozen process, unless a tracer holds
+it: an original may die before it is held here. Its parent has seen that death then, and its guest
+is to be killed.
+
+A mute deputy is the original, or what execve left of it, with all signals blocked in pause(2): it
+stays without help, and can still be stopped, continued and killed. x86_64 only.
+"""
+
+import contextlib
+import os
+import re
+import resource
+import select
+import signal
+import struct
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from agent import syscalls
+from migrate.errors import HostError
+
+# Numbers of x86_64 (asm/unistd_64.h), which a tracee is made to call.
+_WRITE, _POLL, _RT_SIGACTION, _WRITEV, _PAUSE, _EXECVE = 1, 7, 13, 20, 34, 59
+_EXIT, _FCNTL, _EXIT_GROUP, _PPOLL, _SIGNALFD4, _PRLIMIT64 = 60, 72, 231, 271, 289, 302
+_SYSCALL_INSTRUCTION = b"\x0f\x05"
+_CS_64_BIT = 0x33
+_NO_SYSCALL = (1 << 64) - 1
+
+_STOP_SIGNALS = {signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU}
+_OPTIONS = syscalls.PTRACE_O_TRACESYSGOOD | syscalls.PTRACE_O_TRACEEXEC
+_SYSCALL_STOP = signal.SIGTRAP | 0x80
+_ENVIRONMENT_LIMIT = _COMMAND_LINE_LIMIT = 1 << 15
+_WAIT_SLICE_SECONDS = 0.05
+_SECOND_CHANCE_SECONDS = 5
+_INFINITY = (1 << 64) - 1
+_STACK_BYTES = 8 << 20
+_LIMITS_TO_CHANGE = {
+    "Max core file size": resource.RLIMIT_CORE,
+    "Max address space": resource.RLIMIT_AS,
+    "Max data size": resource.RLIMIT_DATA,
+    "Max cpu time": resource.RLIMIT_CPU,
+    "Max open files": resource.RLIMIT_NOFILE,
+    "Max stack size": resource.RLIMIT_STACK,
+}
+# They would change how the interpreter starts, or whether it does.
+_UNWANTED_ENVIRONMENT = re.compile(rb"(LD_|PYTHON|MALLOC_|GLIBC_TUNABLES=|GCONV_PATH=|LOCPATH=)")
+
+
+@dataclass(frozen=True)
+class DeputyProgram:
+    """What the original is turned into; its user must be able to read both files."""
+
+    python: Path
+    script: Path
+    """agent/deputy.py."""
+    socket: Path
+    """Where the guard listens (`DeputyListener`); it should do so before."""
+
+
+@dataclass(frozen=True)
+class Deputy:
+    """The original is the deputy now."""
+
+    pid: int
+    stopped: bool
+    """It was in group-stop and is again: it obeys only after SIGCONT."""
+
+
+@dataclass(frozen=True)
+class MuteDeputy:
+    """The original holds its place in pause(2), since it could not become a deputy."""
+
+    pid: int
+    stopped: bool
+    reason: str
+
+    def finish(self, exit_code: int, timeout_seconds: float = 10) -> None:
+        """Make it end: 0 to 255, or minus a signal (`os.waitstatus_to_exitcode`); no core file.
+
+        It need not be the same process (a guard restarted) that made it.
+
+        :raises HostError: it is gone, cannot be held, or is no mute deputy (a reused pid).
+        """
+        finish(self.pid, exit_code, timeout_seconds)
+
+
+def become_deputy(
+    pid: int,
+    *,
+    thaw: Callable[[], None],
+    program: DeputyProgram,
+    members: Collection[int] = (),
+    keep_fds: Collection[int] = (0, 1, 2),
+    imaged_signals: Collection[int] = (),
+    timeout_seconds: float = 10,
+) -> Deputy | MuteDeputy:
+    """Turn the frozen process `pid` into its deputy. To be called from a process with one thread.
+
+    :param thaw: thaws the cgroup; called once, when the original cannot run by itself any more.
+    :param members: pidfds of the other processes of the tree; they are killed first.
+    :param keep_fds: those of its descriptors that the deputy keeps open, so that a guard started
+        anew can take them again with pidfd_getfd; the others are closed. Take copies before.
+    :param imaged_signals: pending in the image (leader's and shared), once for each instance: they
+        are the guest's already, so the deputy forgets as many.
+    :raises HostError: before the thaw: all is frozen as it was, and it may be tried again; or the
+        original died. Other errors, after the thaw: it was killed rather than let run.
+    """
+    syscalls.require_x86_64()
+    deadline = time.monotonic() + timeout_seconds
+    _kill(members, deadline)
+    looks = _Looks.of(pid)
+    with _child_signal_blocked():
+        hold = _Hold(pid, deadline)
+        try:
+            hold.seize()
+            hold.block_signals()
+            hold.require_64_bit()
+            hold.kill_with_tracer()
+            thaw()
+        except ProcessLookupError as error:
+            hold.bury()
+            raise _GoneError(pid) from error
+        except BaseException:
+            hold.let_go()
+            raise
+        try:
+            reason = _turn(hold, looks, program, keep_fds, imaged_signals)
+            if reason is None:
+                hold.let_go()
+                return Deputy(pid, hold.stopped)
+            hold.park()
+            return MuteDeputy(pid, hold.stopped, reason)
+        except BaseException as error:
+            # Whatever it was: the guest runs elsewhere, a second copy must not.
+            hold.bury()
+            if isinstance(error, ProcessLookupError):
+                raise _GoneError(pid) from error
+            raise
+
+
+def finish(pid: int, exit_code: int, timeout_seconds: float = 10) -> None:
+    """`MuteDeputy.finish` for a pid that was written down."""
+    with _child_signal_blocked():
+        hold = _Hold(pid, time.monotonic() + timeout_seconds)
+        try:
+            hold.seize()
+            hold.require_parked()
+            if exit_code == -signal.SIGKILL:
+                hold.bury()
+                return
+            if exit_code >= 0:
+                hold.start_call(_EXIT_GROUP, exit_code)
+            else:
+                hold.make_deadly(-exit_code)
+                os.kill(pid, -exit_code)
+            hold.run_to_death()
+        finally:
+            hold.let_go()
+
+
+def copy_fds(pid: int, fds: Sequence[int]) -> list[int]:
+    """Duplicates (close-on-exec) of another process's descriptors, in this order.
+
+    :raises OSError: one is not open; then none is left open here.
+    """
+    pidfd = os.pidfd_open(pid)
+    with contextlib.ExitStack() as undo:
+        undo.callback(os.close, pidfd)
+        copies: list[int] = []
+        with contextlib.ExitStack() as on_failure:
+            for fd in fds:
+                copies.append(syscalls.pidfd_getfd(pidfd, fd))
+                on_failure.callback(os.close, copies[-1])
+            on_failure.pop_all()
+        return copies
+
+
+class _GoneError(HostError):
+    """The process died while it was held."""
+
+    def __init__(self, pid: int) -> None:
+        super().__init__(f"pid {pid}", "it died while it was to become a deputy")
+
+
+class _LateError(HostError):
+    """The process did not come to its next stop by the deadline; it runs."""
+
+
+class _FailedError(Exception):
+    """A step of the injection failed; the process is still held."""
+
+
+@dataclass(frozen=True)
+class _Looks:
+    """What others see of the original in /proc."""
+
+    comm: bytes
+    command_line: bytes
+    environment: list[bytes]
+    limits: dict[int, tuple[int, int]]
+
+    @classmethod
+    def of(cls, pid: int) -> "_Looks":
+        proc = Path(f"/proc/{pid}")
+        try:
+            environment, size = [], 0
+            for entry in proc.joinpath("environ").read_bytes().split(b"\0"):
+                size += len(entry) + 1
+                if entry and size <= _ENVIRONMENT_LIMIT and not _UNWANTED_ENVIRONMENT.match(entry):
+                    environment.append(entry)
+            return cls(
+                comm=proc.joinpath("comm").read_bytes().removesuffix(b"\n"),
+                command_line=proc.joinpath("cmdline").read_bytes()[:_COMMAND_LINE_LIMIT],
+                environment=environment,
+                limits=_wanted_limits(proc.joinpath("limits").read_text()),
+            )
+        except (FileNotFoundError, ProcessLookupError):
+            raise HostError(f"pid {pid}", "no such process") from None
+
+
+def _wanted_limits(table: str) -> dict[int, tuple[int, int]]:
+    """From /proc/PID/limits: the soft limits that would keep an interpreter from starting, raised
+    as far as the hard limit lets; and no core file of a deputy that dies as its guest died."""
+    limits = {}
+    for name, number in _LIMITS_TO_CHANGE.items():
+        found = re.search(rf"^{name} +(\w+) +(\w+)", table, re.MULTILINE)
+        if found is None:
+            continue
+        soft, hard = (_INFINITY if text == "unlimited" else int(text) for text in found.groups())
+        # The kernel takes 1 as «no core, and none for a core_pattern program either», which 0
+        # does not say (fs/coredump.c). An endless stack would change how memory is laid out.
+        upper = {resource.RLIMIT_CORE: 1, resource.RLIMIT_STACK: max(soft, _STACK_BYTES)}
+        wanted = min(hard, upper.get(number, hard))
+        if wanted != soft:
+            limits[number] = (wanted, hard)
+    return limits
+
+
+@dataclass
+class _Hold:
+    """A process all of whose threads this one holds by ptrace."""
+
+    pid: int
+    deadline: float
+    """On the clock of time.monotonic, for the waits in here."""
+    stopped: bool = False
+    """It is in group-stop."""
+    others: set[int] = field(default_factory=set)
+    """The held threads but the leader."""
+    leader_held: bool = False
+    instruction: int | None = None
+    """The address of a system call instruction in the program that it runs now."""
+
+    def seize(self) -> None:
+        """Stop every thread, frozen ones too: a trap goes before the freezer.
+
+        :raises HostError: somebody else traces it, or a thread does not stop in time.
+        """
+        done: set[int] = set()
+        while new := self._threads() - done:
+            for tid in new:
+                self._seize_thread(tid)
+            done |= new
+        if not self.leader_held:
+            raise HostError(f"pid {self.pid}", "its main thread has ended")
+
+    def _seize_thread(self, tid: int) -> None:
+        try:
+            syscalls.ptrace(syscalls.PTRACE_SEIZE, tid, 0, _OPTIONS)
+        except OSError as error:
+            tracer = self._tracer(tid)
+            if tid != self.pid and tracer is None:
+                return
+            # An attempt before this one may have left a thread that did not stop in time.
+            if tracer != os.getpid():
+                reason = f"it cannot be held: {error.strerror}"
+                raise HostError(f"pid {self.pid}", reason, "detach its debugger") from error
+        if tid == self.pid:
+            self.leader_held = True
+        else:
+            self.others.add(tid)
+        with contextlib.suppress(ProcessLookupError):
+            syscalls.ptrace(syscalls.PTRACE_INTERRUPT, tid)
+        _, status = self.wait({tid})
+        while tid in self.others | {self.pid} and status >> 16 != syscalls.PTRACE_EVENT_STOP:
+            # A signal on its way to a process that was not frozen: back into the queue with it.
+            with contextlib.suppress(ProcessLookupError):
+                syscalls.tgkill(self.pid, tid, os.WSTOPSIG(status))
+            syscalls.ptrace(syscalls.PTRACE_CONT, tid)
+            _, status = self.wait({tid})
+
+    def _threads(self) -> set[int]:
+        try:
+            return {int(task.name) for task in Path(f"/proc/{self.pid}/task").iterdir()}
+        except FileNotFoundError:
+            raise _GoneError(self.pid) from None
+
+    def _tracer(self, tid: int) -> int | None:
+        """The pid of a thread's tracer, 0 for none; None if the thread is gone."""
+        try:
+            status = Path(f"/proc/{self.pid}/task/{tid}/status").read_text(errors="replace")
+        except (FileNotFoundError, ProcessLookupError):
+            return None
+        found = re.search(r"^TracerPid:\s*(\d+)", status, re.MULTILINE)
+        return int(found[1]) if found else 0
+
+    def wait(self, tids: Collection[int] | None = None) -> tuple[int, int]:
+        """Wait for the next stop of one of these threads (all if None); bury the dead.
+
+        :returns: tid and wait status.
+        :raises HostError: the deadline is past, or the process died.
+        """
+        while True:
+            for tid in tids or {self.pid, *self.others}:
+                try:
+                    got, status = os.waitpid(tid, syscalls.WALL | os.WNOHANG)
+                except ChildProcessError:
+                    self._lost(tid)
+                    if tids:
+                        return tid, 0
+                    continue
+                if not got:
+                    continue
+                if not os.WIFSTOPPED(status):
+                    self._lost(tid)
+                elif tid == self.pid and status >> 16 == syscalls.PTRACE_EVENT_STOP:
+                    self.stopped = os.WSTOPSIG(status) in _STOP_SIGNALS
+                return tid, status
+            remaining = self.deadline - time.monotonic()
+            if remaining <= 0:
+                raise _LateError(f"pid {self.pid}", "it did not stop in time")
+            signal.sigtimedwait((signal.SIGCHLD,), min(remaining, _WAIT_SLICE_SECONDS))
+
+    def _lost(self, tid: int) -> None:
+        self.others.discard(tid)
+        if tid == self.pid:
+            self.leader_held = False
+            raise _GoneError(self.pid)
+
+    def block_signals(self) -> None:
+        """Block all that can be, in each thread."""
+        for tid in {self.pid, *self.others}:
+            syscalls.ptrace_set_signal_mask(tid, syscalls.ALL_SIGNALS)
+
+    def require_64_bit(self) -> None:
+        """:raises HostError: it runs 32-bit code, whose system calls have other numbers."""
+        if syscalls.ptrace_registers(self.pid).cs != _CS_64_BIT:
+            raise HostError(f"pid {self.pid}", "a 32-bit program cannot become a deputy")
+
+    def require_parked(self) -> None:
+        """:raises HostError: it is not where `park` leaves a process."""
+        registers = syscalls.ptrace_registers(self.pid)
+        if _PAUSE not in (registers.rax, registers.orig_rax):
+            raise HostError(f"pid {self.pid}", "it is no mute deputy")
+
+    def kill_with_tracer(self) -> None:
+        """From now on the kernel kills it if this process dies."""
+        options = _OPTIONS | syscalls.PTRACE_O_EXITKILL
+        for tid in {self.pid, *self.others}:
+            syscalls.ptrace(syscalls.PTRACE_SETOPTIONS, tid, 0, options)
+
+    def start_call(self, number: int, *arguments: int, tid: int | None = None) -> None:
+        """Set a thread to make this system call when it goes on."""
+        tid = self.pid if tid is None else tid
+        registers = syscalls.ptrace_registers(tid)
+        for name, value in zip(("rdi", "rsi", "rdx", "r10", "r8", "r9"), arguments, strict=False):
+            setattr(registers, name, value)
+        registers.rax = number
+        # No call is in progress any more that the kernel could restart.
+        registers.orig_rax = _NO_SYSCALL
+        if self.instruction is None:
+            self.instruction = _syscall_address(self.pid)
+        registers.rip = self.instruction
+        syscalls.ptrace_set_registers(tid, registers)
+
+    def step(self) -> int:
+        """Let the leader run to its next stop at a system call or an event; returns the status.
+
+        :raises _FailedError: a signal came up that no mask holds back: it crashed.
+        """
+        deliver = 0
+        while True:
+            syscalls.ptrace(syscalls.PTRACE_SYSCALL, self.pid, 0, deliver)
+            tid, status = self.wait()
+            while tid != self.pid:
+                tid, status = self.wait()
+            number = os.WSTOPSIG(status)
+            if status >> 16 == syscalls.PTRACE_EVENT_EXEC:
+                self.instruction = None
+                return status
+            if number == _SYSCALL_STOP:
+                return status
+            if status >> 16 == syscalls.PTRACE_EVENT_STOP:
+                deliver = 0
+            elif number == signal.SIGSTOP:
+                deliver = number
+            else:
+                raise _FailedError(f"it got signal {number}")
+
+    def call(self, what: str, number: int, *arguments: int) -> int:
+        """Have the leader make a system call; returns the result.
+
+        :raises _FailedError: the call failed.
+        """
+        self.start_call(number, *arguments)
+        self.step()
+        self.step()
+        result = _signed(syscalls.ptrace_registers(self.pid).rax)
+        if -4096 < result < 0:
+            raise _FailedError(f"{what}: {os.strerror(-result)}")
+        return result
+
+    def make_deadly(self, number: int) -> None:
+        """Have signal `number` do what it does by default, as soon as the process goes on."""
+        with _Memory(self.pid) as memory:
+            area = _scratch(self.pid, 32)
+            memory.write(area, bytes(32))  # a struct sigaction: SIG_DFL, no flags, no mask
+        with contextlib.suppress(_FailedError):
+            self.call("rt_sigaction", _RT_SIGACTION, number, area, 0, 8)
+        self.start_call(_PAUSE)
+        syscalls.ptrace_set_signal_mask(
+            self.pid, syscalls.ALL_SIGNALS & ~syscalls.signal_mask([number])
+        )
+
+    def park(self) -> None:
+        """Leave every thread in pause(2) for good, nothing but SIGKILL ending it; let go."""
+        for tid in sorted(self.others):
+            self.start_call(_PAUSE, tid=tid)
+        self.start_call(_PAUSE)
+        self.block_signals()
+        self.let_go()
+
+    def let_go(self) -> None:
+        """Detach from all that is held."""
+        for tid in (*sorted(self.others), *([self.pid] if self.leader_held else [])):
+            # ESRCH: killed meanwhile.
+            with contextlib.suppress(ProcessLookupError):
+                syscalls.ptrace(syscalls.PTRACE_DETACH, tid)
+        self.others.clear()
+        self.leader_held = False
+
+    def interrupt(self) -> None:
+        """Stop the leader once more, after a wait for it was in vain."""
+        self.deadline = time.monotonic() + _SECOND_CHANCE_SECONDS
+        syscalls.ptrace(syscalls.PTRACE_INTERRUPT, self.pid)
+        while self.wait({self.pid})[1] >> 16 != syscalls.PTRACE_EVENT_STOP:
+            syscalls.ptrace(syscalls.PTRACE_CONT, self.pid)
+
+    def run_to_death(self) -> None:
+        """Let it go on, under hold, so that even in group-stop it does; return when it is dead."""
+        deliver = 0
+        with contextlib.suppress(_GoneError):
+            while True:
+                syscalls.ptrace(syscalls.PTRACE_CONT, self.pid, 0, deliver)
+                tid, status = self.wait()
+                while tid != self.pid:
+                    tid, status = self.wait()
+                is_event = status >> 16 == syscalls.PTRACE_EVENT_STOP
+                deliver = 0 if is_event else os.WSTOPSIG(status)
+
+    def bury(self) -> None:
+        """Kill it. Its parent learns of its death when it is waited for here."""
+        self.deadline = time.monotonic() + _SECOND_CHANCE_SECONDS
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
+        with contextlib.suppress(HostError):
+            while self.leader_held:
+                self.wait()
+
+
+def _turn(
+    hold: _Hold,
+    looks: _Looks,
+    program: DeputyProgram,
+    keep_fds: Collection[int],
+    imaged_signals: Collection[int],
+) -> str | None:
+    """Make the held, thawed process into the deputy, up to its main loop.
+
+    :returns: None, or why it failed; the process is held in both cases.
+    """
+    try:
+        with _Memory(hold.pid) as memory:
+            area = _scratch(hold.pid, 16)
+            for number, pair in looks.limits.items():
+                memory.write(area, struct.pack("=2Q", *pair))
+                with contextlib.suppress(_FailedError):
+                    hold.call("setrlimit", _PRLIMIT64, 0, number, area, 0)
+            kept = [fd for fd in keep_fds if _keep_over_exec(hold, fd)]
+            memory.write(area, struct.pack("=Q", syscalls.ALL_SIGNALS))
+            signals = hold.call("signalfd4", _SIGNALFD4, _NO_SYSCALL, area, 8, 0)
+            arguments = _deputy_arguments(program, looks, signals, kept, imaged_signals)
+            size = len(_exec_block(0, arguments, looks.environment).data)
+            block = _exec_block(_scratch(hold.pid, size), arguments, looks.environment)
+            memory.write(block.path, block.data)
+        _exec(hold, program, block)
+        _run_to_main_loop(hold)
+    except ProcessLookupError:
+        raise
+    except (_FailedError, OSError) as error:
+        return str(error)
+    except _LateError as error:
+        hold.interrupt()
+        return str(error)
+    with contextlib.suppress(OSError):
+        _show_command_line(hold.pid, looks.command_line)
+    return None
+
+
+def _keep_over_exec(hold: _Hold, fd: int) -> bool:
+    """Clear close-on-exec; returns whether the descriptor is open at all."""
+    try:
+        text = Path(f"/proc/{hold.pid}/fdinfo/{fd}").read_text()
+    except FileNotFoundError:
+        return False
+    flags = re.search(r"^flags:\s*([0-7]+)", text, re.MULTILINE)
+    if flags is None or int(flags[1], 8) & os.O_CLOEXEC:
+        hold.call("fcntl", _FCNTL, fd, 2, 0)  # F_SETFD
+    return True
+
+
+def _deputy_arguments(
+    program: DeputyProgram,
+    looks: _Looks,
+    signals: int,
+    kept: Collection[int],
+    imaged_signals: Collection[int],
+) -> list[bytes]:
+    """The arguments of agent/deputy.py, with room for the original's command line."""
+    arguments = [
+        os.fsencode(program.python),
+        *(b"-I", b"-S", b"-X", b"utf8"),
+        os.fsencode(program.script),
+        os.fsencode(program.socket),
+        looks.comm,
+        b"%d" % signals,
+        ",".join(map(str, kept)).encode(),
+        ",".join(map(str, imaged_signals)).encode(),
+    ]
+    missing = len(looks.command_line) - sum(len(argument) + 1 for argument in arguments)
+    return [*arguments, b" " * (missing - 1)] if missing > 0 else arguments
+
+
+@dataclass(frozen=True)
+class _ExecBlock:
+    """What execve(2) reads in memory, laid out for one address, and the addresses in it."""
+
+    data: bytes
+    path: int
+    argv: int
+    envp: int
+
+
+def _exec_block(
+    address: int, arguments: Sequence[bytes], environment: Sequence[bytes]
+) -> _ExecBlock:
+    """Lay out the strings, the first of which is the path, and after them the two tables."""
+    strings = bytearray()
+    pointers: list[int] = []
+    for text in (*arguments, *environment):
+        pointers.append(address + len(strings))
+        strings += text + b"\0"
+    strings += bytes(-len(strings) % 8)
+    table = [*pointers[: len(arguments)], 0, *pointers[len(arguments) :], 0]
+    argv = address + len(strings)
+    data = bytes(strings) + struct.pack(f"={len(table)}Q", *table)
+    return _ExecBlock(data, address, argv, argv + 8 * (len(arguments) + 1))
+
+
+def _exec(hold: _Hold, program: DeputyProgram, block: _ExecBlock) -> None:
+    """:raises _FailedError: execve refused, and the process is what it was."""
+    hold.start_call(_EXECVE, block.path, block.argv, block.envp)
+    hold.step()
+    # Other threads die in there; `step` waits for them as well, or execve would never end.
+    if hold.step() >> 16 != syscalls.PTRACE_EVENT_EXEC:
+        result = _signed(syscalls.ptrace_registers(hold.pid).rax)
+        raise _FailedError(f"{program.python}: {os.strerror(-result)}")
+    hold.step()
+
+
+def _run_to_main_loop(hold: _Hold) -> None:
+    """Let the new program start, up to its first poll(2), which no interpreter needs to start.
+
+    :raises _FailedError: it crashed, or is about to exit; it is held before that.
+    """
+    call_number = syscalls.Registers.orig_rax.offset  # type: ignore[attr-defined]
+    while True:
+        hold.step()
+        number = syscalls.ptrace_peek_user(hold.pid, call_number)
+        if number in (_POLL, _PPOLL):
+            return
+        if number in (_WRITE, _WRITEV):
+            _skip_output(hold)
+        elif number in (_EXIT, _EXIT_GROUP):
+            registers = syscalls.ptrace_registers(hold.pid)
+            # The call that it was about to make is not made; `park` sets another.
+            registers.orig_rax = _NO_SYSCALL
+            syscalls.ptrace_set_registers(hold.pid, registers)
+            hold.step()
+            raise _FailedError(f"the deputy ended at its start with status {registers.rdi}")
+        hold.step()
+
+
+def _skip_output(hold: _Hold) -> None:
+    registers = syscalls.ptrace_registers(hold.pid)
+    if registers.rdi in (1, 2):
+        registers.orig_rax = _NO_SYSCALL
+        syscalls.ptrace_set_registers(hold.pid, registers)
+
+
+def _show_command_line(pid: int, command_line: bytes) -> None:
+    """Write the original's command line over the deputy's, which has read it by now."""
+    fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+    start, end = int(fields[45]), int(fields[46])  # proc(5): 48 and 49, less pid, comm, and from 1
+    with _Memory(pid) as memory:
+        memory.write(start, command_line[: end - start - 1].ljust(end - start, b"\0"))
+
+
+class _Memory:
+    """The memory of a held process; of the program it runs now, not of one it execs later."""
+
+    def __init__(self, pid: int) -> None:
+        self._fd = os.open(f"/proc/{pid}/mem", os.O_RDWR | os.O_CLOEXEC)
+
+    def __enter__(self) -> "_Memory":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._fd)
+
+    def read(self, address: int, size: int) -> bytes:
+        return os.pread(self._fd, size, address)
+
+    def write(self, address: int, data: bytes) -> None:
+        view = memoryview(data)
+        while view:
+            written = os.pwrite(self._fd, view, address)
+            if not written:
+                raise ProcessLookupError
+            view = view[written:]
+            address += written
+
+
+@dataclass(frozen=True)
+class _Mapping:
+    """One line of /proc/PID/maps."""
+
+    start: int
+    end: int
+    rights: str
+    inode: int
+    name: str
+
+
+def _mappings(pid: int) -> Iterator[_Mapping]:
+    for line in Path(f"/proc/{pid}/maps").read_text(errors="replace").splitlines():
+        span, rights, _, _, inode, *name = line.split(maxsplit=5)
+        start, end = (int(text, 16) for text in span.split("-"))
+        yield _Mapping(start, end, rights, int(inode), name[0] if name else "")
+
+
+def _syscall_address(pid: int) -> int:
+    """Where a system call instruction stands in executable memory: in the vdso, else anywhere.
+
+    :raises HostError: nowhere.
+    """
+    executable = [mapping for mapping in _mappings(pid) if "x" in mapping.rights]
+    executable.sort(key=lambda mapping: mapping.name != "[vdso]")
+    with _Memory(pid) as memory:
+        for mapping in executable:
+            with contextlib.suppress(OSError):  # [vsyscall] cannot be read
+                data = memory.read(mapping.start, mapping.end - mapping.start)
+                if (found := data.find(_SYSCALL_INSTRUCTION)) >= 0:
+                    return mapping.start + found
+    raise HostError(f"pid {pid}", "it has no system call instruction in its memory")
+
+
+def _scratch(pid: int, size: int) -> int:
+    """The address of writable memory that the process does not need any more, as it ends.
+
+    The far end of the stack: what is at the near end /proc shows as its arguments.
+    """
+    private = [
+        mapping
+        for mapping in _mappings(pid)
+        if mapping.rights.startswith("rw") and mapping.rights.endswith("p") and not mapping.inode
+    ]
+    private.sort(key=lambda mapping: (mapping.name != "[stack]", mapping.start - mapping.end))
+    for mapping in private:
+        if mapping.end - mapping.start >= size:
+            return mapping.start
+    raise _FailedError("no room in its memory")
+
+
+def _signed(word: int) -> int:
+    return word - (1 << 64) if word >> 63 else word
+
+
+def _kill(members: Collection[int], deadline: float) -> None:
+    """Kill the processes behind these pidfds and wait until they are dead.
+
+    :raises HostError: one is not by the deadline.
+    """
+    poll = select.poll()
+    waiting = set(members)
+    for pidfd in waiting:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        poll.register(pidfd, select.POLLIN)
+    while waiting:
+        remaining_ms = (deadline - time.monotonic()) * 1000
+        if remaining_ms <= 0:
+            raise HostError("a member of the tree", "it does not die", "see where it waits (ps l)")
+        for pidfd, _ in poll.poll(remaining_ms):
+            poll.unregister(pidfd)
+            waiting.remove(pidfd)
+
+
+@contextlib.contextmanager
+def _child_signal_blocked() -> Iterator[None]:
+    """Block SIGCHLD, to wait for it; the caller gets one for those that may have been eaten."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGCHLD,))
+    try:
+        yield
+    finally:
+        os.kill(os.getpid(), signal.SIGCHLD)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

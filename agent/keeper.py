@@ -1,0 +1,137 @@
+"""The keeper: one root process per guest where it runs, ``python -m agent.keeper`` with migd's link as stdin.
+
+Two processes: the outer one owns what must be given back (mounts, cgroups, directories) and waits; the inner
+one lives in the guest's pid namespace under the pid of the original's parent, so that the guest's getppid()
+stays right, and is the guest's parent. If the inner one dies the kernel kills all in its pid namespace with
+the namespace's init, which dies with the outer one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import signal
+import socket
+import sys
+from pathlib import Path
+
+import msgspec
+
+from agent import syscalls
+from agent.arrival import GuestHost
+from agent.cgroups import Cgroup, dissolve, guest_path, hierarchy
+from agent.home_view import HomeView
+from agent.link import Link, Offer, listen
+from agent.syscalls import CLONE_NEWPID, MS_NODEV, MS_NOEXEC, MS_NOSUID
+from criu_hooks.calls import CriuCall
+from migrate import paths
+from migrate.errors import HostError
+
+log = logging.getLogger(__name__)
+
+
+def serve(offer: Offer, link: Link, local: bool) -> None:
+    """Host one guest until it has ended or gone on.
+
+    :param local: the guest is at home here: its files are this host's own.
+    """
+    directory = paths.GUESTS_DIR / offer.guest
+    directory.mkdir(mode=0o700, parents=True)
+    images = directory / "images"
+    view: HomeView | None = None
+    try:
+        cgroup = Cgroup(guest_path(offer.guest, "keeper"))
+        cgroup.create()
+        cgroup.add(os.getpid())
+        images.mkdir(mode=0o700)
+        size = offer.memory_bytes + offer.memory_bytes // 4 + (64 << 20)
+        flags = MS_NOSUID | MS_NODEV | MS_NOEXEC
+        syscalls.mount("tmpfs", images, "tmpfs", flags, f"mode=0700,size={size}")
+        if not local:
+            view = HomeView(directory / "view")
+        # The worker is made out here: inside it would take a pid that the guest may need.
+        with CriuCall() as call, listen(directory / "keeper.sock") as server:
+            _run_inside(offer, link, server, view, images, call)
+    finally:
+        tree = Cgroup(guest_path(offer.guest, "tree"))
+        tree.kill()
+        if view is not None:
+            view.close()
+        with contextlib.suppress(OSError):
+            syscalls.umount(images, syscalls.MNT_DETACH)
+        _leave_cgroup()
+        dissolve(offer.guest)
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _leave_cgroup() -> None:
+    """Out of the guest's cgroups, which are about to be removed with everything in them."""
+    with contextlib.suppress(OSError):
+        Cgroup(hierarchy()).add(os.getpid())
+
+
+def _run_inside(
+    offer: Offer,
+    link: Link,
+    server: socket.socket,
+    view: HomeView | None,
+    images: Path,
+    call: CriuCall,
+) -> None:
+    syscalls.unshare(CLONE_NEWPID)
+    init = 0
+    if offer.ids.ppid != 1:
+        init = os.fork()
+        if init == 0:
+            _become_init()
+    inner = syscalls.fork_with_pid(max(offer.ids.ppid, 1))
+    if inner == 0:
+        status = 1
+        try:
+            syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
+            GuestHost(offer, link, server, view, images, call).run()
+            status = 0
+        except Exception:
+            log.exception("%s: keeper failed", offer.guest)
+        finally:
+            os._exit(status)
+    link.close()
+    try:
+        os.waitpid(inner, 0)
+    finally:
+        if init:
+            os.kill(init, signal.SIGKILL)
+            os.waitpid(init, 0)
+
+
+def _become_init() -> None:
+    """Pid 1 of the capsule: a program that does nothing. Ignoring SIGCHLD makes the kernel reap orphans."""
+    try:
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+        syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
+        os.execv("/bin/sleep", ["sleep", "infinity"])
+    finally:
+        os._exit(127)
+
+
+def main() -> None:
+    """Entry point of the keeper process: argv is the guest's id; the first packet is the offer."""
+    logging.basicConfig(level=logging.INFO, format="keeper %(message)s", stream=sys.stderr)
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.umask(0o077)
+    sock = socket.socket(fileno=os.dup(0))
+    null = os.open("/dev/null", os.O_RDWR)
+    os.dup2(null, 0)
+    os.close(null)
+    offer = msgspec.msgpack.decode(sock.recv(1 << 17), type=Offer)
+    try:
+        serve(offer, Link(sock), local=sys.argv[2] == "local")
+    except HostError as error:
+        log.error("%s: %s", offer.guest, error)
+
+
+if __name__ == "__main__":
+    main()

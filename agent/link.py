@@ -1,0 +1,250 @@
+"""Packets between migd and the guards and keepers on the same host, with descriptors.
+
+Each of them listens on a socket in a directory that only root can enter, so that a restarted migd finds them.
+"""
+
+from __future__ import annotations
+
+import array
+import os
+import socket
+from pathlib import Path
+from typing import Annotated, TypeAlias
+
+import msgspec
+
+from agent.wire import LifelineState
+
+MAX_PACKET = 1 << 17
+MAX_FDS = 8
+
+Name = Annotated[str, msgspec.Meta(max_length=256)]
+
+
+class TreeIds(msgspec.Struct, frozen=True):
+    """The numbers of the root of a tree that the guest must find again."""
+
+    pid: int
+    ppid: int
+    pgid: int
+    sid: int
+
+
+class Owner(msgspec.Struct, frozen=True):
+    """Whose process it is."""
+
+    name: Name
+    uid: int
+    gid: int
+    groups: tuple[int, ...]
+
+
+class Offer(msgspec.Struct, frozen=True):
+    """What a source tells a destination before anything freezes; and the keeper's instructions."""
+
+    transaction: Name
+    guest: Name
+    home: Name
+    source: Name
+    owner: Owner
+    ids: TreeIds
+    epoch: int
+    """number of hops, this one included"""
+    memory_bytes: int
+    machine: Name
+    """architecture, as uname -m"""
+    cpu_features: tuple[str, ...]
+    criu_version: Name
+    hostname: Name
+    cwd: str
+    view: tuple[str, ...]
+    """absolute directories that come from home"""
+    command: str
+    freeze_limit_seconds: float = 10.0
+    cut_freeze_seconds: float = 20.0
+    home_boot_id: Name = ""
+
+
+class StartDeparture(msgspec.Struct, frozen=True, tag="depart"):
+    """migd → guard or keeper: move the guest. Descriptors: bulk in, bulk out; for a new guest's guard,
+    lifeline in and out follow."""
+
+    offer: Offer
+    destination: Name
+    destination_boot_id: Name
+    starttime_ticks: int
+    host_pid: int
+    ghost_limit_bytes: int
+    lost_seconds: float
+
+
+class Attach(msgspec.Struct, frozen=True, tag="attach"):
+    """migd → guard or keeper: a new transport. Descriptors: in, out (and the hold of an incoming one)."""
+
+    purpose: Name
+    host: Name
+    transaction: Name = ""
+
+
+class Progress(msgspec.Struct, frozen=True, tag="progress"):
+    """How far a departure is."""
+
+    step: Name
+    sent_bytes: int = 0
+
+
+class Departed(msgspec.Struct, frozen=True, tag="departed"):
+    """guard or keeper → migd: the guest runs at the destination."""
+
+    transaction: Name
+    destination: Name
+    frozen_ms: float
+    sent_bytes: int
+
+
+class Failed(msgspec.Struct, frozen=True, tag="failed"):
+    """guard or keeper → migd: it did not move; it runs on where it was unless `in_doubt`."""
+
+    transaction: Name
+    what: str
+    reason: str
+    remedy: str
+    in_doubt: bool = False
+
+
+class NeedLifeline(msgspec.Struct, frozen=True, tag="need-lifeline"):
+    """guard → migd: connect me with the keeper on `host` (again)."""
+
+    host: Name
+
+
+class Ended(msgspec.Struct, frozen=True, tag="ended"):
+    """guard or keeper → migd: the guest has ended and everything is given back."""
+
+    exit_code: int
+
+
+class EndGuest(msgspec.Struct, frozen=True, tag="end"):
+    """migd → keeper: kill the guest and leave."""
+
+    reason: str
+
+
+class StreamPipe(msgspec.Struct, frozen=True):
+    """A pipe that leads out of the tree, and the stream that carries it."""
+
+    stream: int
+    key: str
+    """CRIU's name of it in the images"""
+    outgoing: bool
+    """the guest writes to it"""
+    size_bytes: int
+
+
+class Dumped(msgspec.Struct, frozen=True, tag="dumped"):
+    """source → destination: the images are complete."""
+
+    pipes: tuple[StreamPipe, ...]
+    files: tuple[int, ...]
+    """descriptors 0, 1, 2 of the root that are regular files: home shares their offset"""
+    lifeline: LifelineState | None = None
+    """of the keeper that hands the guest on"""
+
+
+class Verdict(msgspec.Struct, frozen=True, tag="verdict"):
+    """migd → guard or keeper in doubt: what the destination has recorded."""
+
+    resumed: bool
+
+
+class Commit(msgspec.Struct, frozen=True, tag="commit"):
+    """source → destination: journalled; let it run."""
+
+
+class Prepared(msgspec.Struct, frozen=True, tag="prepared"):
+    """destination → source: capsule and view stand."""
+
+
+class Ready(msgspec.Struct, frozen=True, tag="ready"):
+    """destination → source: restored, and frozen."""
+
+
+class Resumed(msgspec.Struct, frozen=True, tag="resumed"):
+    """destination → source: journalled; it runs."""
+
+
+class Aborted(msgspec.Struct, frozen=True, tag="aborted"):
+    """destination → source: journalled; it will never run here."""
+
+    what: str
+    reason: str
+    remedy: str = ""
+
+
+ToAgent: TypeAlias = StartDeparture | Attach | EndGuest | Verdict
+FromAgent: TypeAlias = Progress | Departed | Failed | NeedLifeline | Ended
+
+
+TransactionMessage: TypeAlias = Dumped | Commit | Prepared | Ready | Resumed | Aborted
+Packet: TypeAlias = ToAgent | FromAgent
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder(Packet).decode
+
+
+class Link:
+    """One connection, packet by packet. Sending never blocks for long: packets are small and few."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.socket = sock
+
+    def fileno(self) -> int:
+        return self.socket.fileno()
+
+    def send(self, packet: Packet, fds: tuple[int, ...] = ()) -> bool:
+        """False if the other side is gone."""
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+        try:
+            self.socket.sendmsg([_encode(packet)], rights, socket.MSG_NOSIGNAL)
+        except OSError:
+            return False
+        return True
+
+    def receive(self) -> tuple[Packet, list[int]] | None:
+        """The next packet with its descriptors, None at the end. Raises BlockingIOError."""
+        try:
+            data, fds, _, _ = socket.recv_fds(self.socket, MAX_PACKET, MAX_FDS)
+        except BlockingIOError:
+            raise
+        except OSError:
+            return None
+        if not data:
+            return None
+        for fd in fds:
+            os.set_inheritable(fd, False)
+        return _decode(data), fds
+
+    def close(self) -> None:
+        self.socket.close()
+
+
+def listen(path: Path) -> socket.socket:
+    """A listening packet socket below a root-only directory."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    path.unlink(missing_ok=True)
+    sock.bind(str(path))
+    path.chmod(0o600)
+    sock.listen(4)
+    sock.setblocking(False)
+    return sock
+
+
+def connect(path: Path) -> Link:
+    """Connect to a guard or keeper. Raises OSError."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        sock.connect(str(path))
+    except OSError:
+        sock.close()
+        raise
+    return Link(sock)

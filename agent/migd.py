@@ -1,0 +1,104 @@
+"""migd, the daemon on every host."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import pwd
+import signal
+import socket
+import subprocess
+import sys
+
+from agent.broker import Broker
+from agent.clients import ClientServer
+from agent.peers import Peers, PeerServer, own_hello
+from criu_hooks.calls import criu_path
+from migrate import paths
+from migrate.config import Config, load_config
+from migrate.errors import HostError, MigrateError
+
+log = logging.getLogger(__name__)
+
+
+def notify(state: str) -> None:
+    """Tell the service manager (sd_notify(3)); does nothing where there is none."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if not address:
+        return
+    if address.startswith("@"):
+        address = "\0" + address[1:]
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.connect(address)
+        sock.send(state.encode())
+
+
+def probe_criu() -> str:
+    """CRIU's version. Also has CRIU probe the kernel as root, once: it keeps what it finds in /run/criu.kdat,
+    and later, under a user's ids, it could not."""
+    path = criu_path()
+    subprocess.run([path, "check"], capture_output=True, check=False, stdin=subprocess.DEVNULL)
+    text = subprocess.run([path, "--version"], capture_output=True, text=True, check=True).stdout
+    version = text.split()[1] if len(text.split()) > 1 else ""
+    if tuple(int(part) for part in version.split(".")[:2] if part.isdigit()) < (4, 2):
+        raise HostError("criu", f"is version {version or 'unknown'}", "install 4.2 or newer")
+    return version
+
+
+async def serve(config: Config, criu_version: str) -> None:
+    """Run until SIGTERM."""
+    user = pwd.getpwnam(paths.PEER_USER)
+    own = own_hello(config.name)
+    names = {host.name for host in config.peers}
+    async with Peers(own) as peers:
+        broker = Broker(config, peers, criu_version)
+        server = PeerServer(
+            own,
+            lambda name: name in names,
+            broker.answer,
+            broker.incoming,
+            group_id=user.pw_gid,
+            allowed_uids=frozenset({0, user.pw_uid}),
+        )
+        clients = ClientServer(broker)
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop.set)
+        try:
+            server.start()
+            broker.start()
+            await clients.start()
+            notify("READY=1")
+            log.info("migd on %s is ready (CRIU %s)", config.name, criu_version)
+            await stop.wait()
+        finally:
+            notify("STOPPING=1")
+            clients.close()
+            await server.aclose()
+            broker.close()
+
+
+def main() -> None:
+    """Entry point of `migd`."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("paramiko").setLevel(logging.WARNING)
+    if os.geteuid() != 0:
+        sys.exit("migd: must run as root")
+    os.umask(0o077)
+    try:
+        config = load_config()
+        paths.RUN_DIR.mkdir(mode=0o755, parents=True, exist_ok=True)
+        paths.RUN_DIR.chmod(0o755)
+        paths.STATE_DIR.mkdir(mode=0o755, parents=True, exist_ok=True)
+        asyncio.run(serve(config, probe_criu()))
+    except MigrateError as error:
+        sys.exit(f"migd: {error}")
+    except KeyError:
+        sys.exit(f"migd: user {paths.PEER_USER}: does not exist; run `migctl setup`")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""What migds ask each other on their control connections."""
+
+from __future__ import annotations
+
+import msgspec
+
+from agent.link import Name, Offer
+
+
+class AskLoad(msgspec.Struct, frozen=True, tag="load"):
+    """How busy are you?"""
+
+
+class Load(msgspec.Struct, frozen=True, tag="load-is"):
+    """One-minute load average per processor, and whether guests are taken."""
+
+    per_cpu: float
+    accepts: bool
+
+
+class MakeOffer(msgspec.Struct, frozen=True, tag="offer"):
+    """Will you take this guest? Accepted, or an error with the reason."""
+
+    offer: Offer
+
+
+class Accepted(msgspec.Struct, frozen=True, tag="accepted"):
+    """Connect bulk and lifeline; my keeper waits."""
+
+    boot_id: Name
+
+
+class AskOutcome(msgspec.Struct, frozen=True, tag="outcome"):
+    """What have you recorded of this transaction (of which you were the destination)?"""
+
+    transaction: Name
+
+
+class OutcomeIs(msgspec.Struct, frozen=True, tag="outcome-is"):
+    """RESUMED, ENDED, ABORTED; OFFERED: not decided yet; empty: never heard of. And my boot id."""
+
+    state: Name
+    boot_id: Name
+
+
+class MoveGuest(msgspec.Struct, frozen=True, tag="move-guest"):
+    """Home's migd → the host where a guest runs: move it on."""
+
+    guest: Name
+    destination: Name
+
+
+class GuestMoved(msgspec.Struct, frozen=True, tag="guest-moved"):
+    """It runs there now."""
+
+    frozen_ms: float
+    sent_bytes: int
+
+
+Question = AskLoad | MakeOffer | AskOutcome | MoveGuest
+Answer = Load | Accepted | OutcomeIs | GuestMoved
+
+encode = msgspec.msgpack.Encoder().encode
+decode_question = msgspec.msgpack.Decoder(Question).decode
+decode_answer = msgspec.msgpack.Decoder(Answer).decode

@@ -1,0 +1,43 @@
+"""Waiting in the middle of sequential code, while the reactor goes on serving everything else."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from agent.reactor import READ, Reactor
+from criu_hooks.calls import CriuCall, Done, Event
+
+
+def wait_for(reactor: Reactor, fd: int, events: int, seconds: float) -> bool:
+    """Turn the reactor until `fd` has one of `events`; False after `seconds`."""
+    happened = False
+
+    def call(seen: int) -> None:
+        nonlocal happened
+        happened = True
+        reactor.modify(fd, 0)
+
+    reactor.register(fd, events, call)
+    try:
+        return wait_until(reactor, lambda: happened, seconds)
+    finally:
+        reactor.unregister(fd)
+
+
+def wait_until(reactor: Reactor, holds: Callable[[], bool], seconds: float) -> bool:
+    """Turn the reactor until `holds()`; False after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while not holds():
+        left = deadline - time.monotonic()
+        if left <= 0:
+            return False
+        reactor.turn(left)
+    return True
+
+
+def next_event(reactor: Reactor, call: CriuCall, seconds: float) -> Event:
+    """The next event of a CRIU call, while the reactor goes on."""
+    if not wait_for(reactor, call.fileno(), READ, seconds):
+        return Done(False, f"criu made no progress for {seconds:g} seconds")
+    return call.receive(1)

@@ -1,0 +1,219 @@
+"""One CRIU call as its owner sees it: start it, answer its notifications, learn how it ended.
+
+CRIU itself (`criu swrk`) is a child of the owner (a guard or a keeper), because what CRIU restores becomes
+its sibling (rst_sibling). The owner does not speak protobuf: that would cost each of them 15 MB for good.
+A short-lived worker process (criu_hooks.worker) does it, over a socket that the owner hands it:
+
+    owner ──fork, exec──► criu swrk ◄──CRIU's RPC──► worker ◄──the messages below──► owner
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Self
+
+import msgspec
+
+from migrate.errors import CriuError, HostError
+
+CRIU_PATHS = ("/usr/sbin/criu", "/usr/local/sbin/criu")
+MAX_MESSAGE = 1 << 16
+
+
+class InheritFd(msgspec.Struct, frozen=True):
+    """A descriptor that replaces a file of the images, e.g. ``pipe:[4711]`` (criu --inherit-fd)."""
+
+    key: str
+    fd: int
+    """its number in the criu process"""
+
+
+class DumpRequest(msgspec.Struct, frozen=True, tag="dump"):
+    """criu dump, with pages sent to a page server socket and the tasks left to the cgroup freezer."""
+
+    pid: int
+    images_fd: int
+    """a directory descriptor of the process that made the RPC socket"""
+    page_server_fd: int
+    """its number in the criu process"""
+    freeze_cgroup: str
+    ghost_limit_bytes: int
+    shell_job: bool
+    log_path: str
+
+
+class RestoreRequest(msgspec.Struct, frozen=True, tag="restore"):
+    """criu restore of images in a directory, as siblings of criu."""
+
+    images_fd: int
+    inherit_fds: tuple[InheritFd, ...]
+    shell_job: bool
+    log_path: str
+
+
+class FeatureRequest(msgspec.Struct, frozen=True, tag="version"):
+    """Asks CRIU for its version."""
+
+
+Request = DumpRequest | RestoreRequest | FeatureRequest
+
+
+class Notify(msgspec.Struct, frozen=True, tag="notify"):
+    """CRIU reached a point (criu's action script names, e.g. ``post-dump``) and waits for `proceed`."""
+
+    script: str
+    pid: int = 0
+
+
+class Proceed(msgspec.Struct, frozen=True, tag="proceed"):
+    """The answer to a Notify; ``ok=False`` makes CRIU undo what it has done."""
+
+    ok: bool
+
+
+class Done(msgspec.Struct, frozen=True, tag="done"):
+    """CRIU finished. `reason` is one sentence when it failed; the whole log stays at the request's log_path."""
+
+    ok: bool
+    reason: str = ""
+
+
+Event = Notify | Done
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode_event: Callable[[bytes], Event] = msgspec.msgpack.Decoder(Event).decode
+
+
+def criu_path() -> str:
+    """Full path of the criu binary (swrk refuses a bare name). Raises HostError when there is none."""
+    for path in CRIU_PATHS:
+        if os.access(path, os.X_OK):
+            return path
+    raise HostError("criu", "is not installed", "install Debian's criu, 4.2 or newer")
+
+
+def spawn_swrk(rpc: socket.socket, keep_fds: Sequence[int], prepare: Callable[[], None]) -> int:
+    """Fork `criu swrk` as a child of the caller and return its pid.
+
+    :param rpc: CRIU's end of the RPC socket pair.
+    :param keep_fds: descriptors that criu inherits under the same numbers.
+    :param prepare: runs in the child before exec (enter namespaces, take identities). What it raises ends
+        the child with status 127; the caller sees the closed RPC socket.
+    """
+    path = criu_path()
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        prepare()
+        for fd in (*keep_fds, rpc.fileno()):
+            os.set_inheritable(fd, True)
+        os.execv(path, ["criu", "swrk", str(rpc.fileno())])
+    except BaseException as error:
+        os.write(2, f"criu could not be started: {error}\n".encode())
+    os._exit(127)
+
+
+class CriuCall:
+    """A worker process, started early so that its imports cost nobody's frozen time; then one call."""
+
+    def __init__(self) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            self._worker = subprocess.Popen(
+                [sys.executable, "-I", "-m", "criu_hooks.worker"],
+                stdin=theirs.fileno(),
+                close_fds=True,
+            )
+        self._channel = ours
+        self._maker = os.getpid()
+        self._rpc: socket.socket | None = None
+        self._criu_end: socket.socket | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def fileno(self) -> int:
+        """Readable when `receive` will not block."""
+        return self._channel.fileno()
+
+    @property
+    def criu_end(self) -> socket.socket:
+        """CRIU's end of the RPC socket, for `spawn_swrk`.
+
+        Made at the first use: criu finds the images through /proc by the pid that made the socket, so that
+        must be a process which lives in criu's own pid namespace.
+        """
+        if self._criu_end is None:
+            self._rpc, self._criu_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        return self._criu_end
+
+    def begin(self, request: Request) -> None:
+        """Send the request to CRIU, which was started by `spawn_swrk` with `criu_end`."""
+        if self._rpc is None or self._criu_end is None:
+            raise RuntimeError("spawn_swrk comes first")
+        self._criu_end.close()
+        socket.send_fds(self._channel, [_encode(request)], [self._rpc.fileno()])
+        self._rpc.close()
+
+    def receive(self, timeout_seconds: float | None = None) -> Event:
+        """The next event. A worker or criu that died is a failed Done; TimeoutError after the timeout."""
+        self._channel.settimeout(timeout_seconds)
+        try:
+            data = self._channel.recv(MAX_MESSAGE)
+        except ConnectionError:
+            data = b""
+        if not data:
+            return Done(ok=False, reason="the process that talks to CRIU was killed")
+        return _decode_event(data)
+
+    def proceed(self, ok: bool = True) -> None:
+        """Answer the last Notify. A worker that is gone shows at the next `receive`."""
+        try:
+            self._channel.send(_encode(Proceed(ok)))
+        except OSError:
+            return
+
+    def run_until(self, script: str, timeout_seconds: float) -> None:
+        """Answer notifications until `script` is reached. Raises CriuError if CRIU ends before."""
+        while True:
+            event = self.receive(timeout_seconds)
+            if isinstance(event, Done):
+                raise CriuError("criu", event.reason or f"ended before {script}")
+            if event.script == script:
+                return
+            self.proceed()
+
+    def finish(self, timeout_seconds: float) -> None:
+        """Answer what is left and wait for the end. Raises CriuError if CRIU failed."""
+        while True:
+            event = self.receive(timeout_seconds)
+            if isinstance(event, Done):
+                if not event.ok:
+                    raise CriuError("criu", event.reason)
+                return
+            self.proceed()
+
+    def close(self) -> None:
+        """End the worker. CRIU then sees its RPC socket closed and undoes what it has not finished."""
+        for end in (self._channel, self._rpc, self._criu_end):
+            if end is not None:
+                end.close()
+        if os.getpid() != self._maker:
+            return  # inherited by a fork: the worker is another process's child
+        if self._worker.poll() is None:
+            self._worker.kill()
+        self._worker.wait()

@@ -1,0 +1,128 @@
+"""The command `migrate`."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from migrate import client, messages
+from migrate.errors import MigrateError
+from migrate.pids import format_pid, parse_pid
+
+OWN_FAILURE = 125
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+class _Reporter:
+    """What a user sees of one migration."""
+
+    def __init__(self, pid: int, verbose: bool, debug: bool) -> None:
+        self._pid = pid
+        self._verbose = verbose
+        self._debug = debug
+        self._line = sys.stderr.isatty() and sys.stdout.isatty()
+        self._shown = False
+
+    def progress(self, progress: messages.Progress) -> None:
+        if self._debug:
+            print(
+                f"{format_pid(self._pid)}: {progress.step} ({progress.sent_bytes} bytes)",
+                file=sys.stderr,
+            )
+        elif self._line and progress.sent_bytes:
+            text = f"\r{format_pid(self._pid)}: {progress.sent_bytes / (1 << 20):.0f} MiB"
+            print(text, end="\033[K", file=sys.stderr, flush=True)
+            self._shown = True
+
+    def clear(self) -> None:
+        if self._shown:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+    def moved(self, moved: messages.Moved) -> None:
+        if sys.stdout.isatty() or self._verbose:
+            mebibytes = moved.sent_bytes / (1 << 20)
+            print(
+                f"{format_pid(moved.pid)} → {moved.host}  "
+                f"(frozen {moved.frozen_ms:.0f} ms, {mebibytes:.0f} MiB)"
+            )
+        if self._verbose:
+            for note in moved.notes:
+                print(f"migrate: {note}", file=sys.stderr)
+
+
+def _move(pid: int, request: messages.Move, verbose: bool, debug: bool) -> bool:
+    reporter = _Reporter(pid, verbose, debug)
+    for reply in client.ask(request):
+        match reply:
+            case messages.Progress():
+                reporter.progress(reply)
+            case messages.Moved():
+                reporter.clear()
+                reporter.moved(reply)
+            case messages.Checked():
+                print(f"{format_pid(pid)} can move")
+                for note in reply.notes:
+                    print(f"migrate: {note}", file=sys.stderr)
+            case messages.Refused():
+                reporter.clear()
+                for obstacle in reply.obstacles:
+                    error = MigrateError(obstacle.what, obstacle.reason, obstacle.remedy)
+                    print(f"migrate: {error}", file=sys.stderr)
+                return False
+    return True
+
+
+@app.command()
+def migrate(
+    pids: Annotated[
+        list[str] | None,
+        typer.Option(
+            "-p",
+            metavar="PID",
+            help="Process to move: 0x1a2b is hex, 6699 decimal. May be repeated.",
+        ),
+    ] = None,
+    host: Annotated[str, typer.Option("-h", metavar="HOST", help="Where to, by name.")] = "",
+    host_id: Annotated[int, typer.Option("-H", metavar="ID", help="Where to, by number.")] = 0,
+    verbose: Annotated[
+        bool, typer.Option("-v", help="Say what was done, also when piped.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("-D", help="Show each step.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Only tell what is in the way.")] = False,
+) -> None:
+    """Move running processes to another host: the idlest one, or the one that -h or -H names."""
+    if not pids:
+        raise MigrateError("migrate", "no process named", "use -p PID")
+    if host and host_id:
+        raise MigrateError("migrate", "-h and -H exclude each other", "use one of them")
+    numbers = [parse_pid(word) for word in pids]
+    good = True
+    for number in numbers:
+        request = messages.Move(number, host, host_id, check)
+        good = _move(number, request, verbose, debug) and good
+    if not good:
+        raise typer.Exit(OWN_FAILURE)
+
+
+def main() -> None:
+    """Entry point: own failures end with 125 and one line on stderr."""
+    try:
+        app(standalone_mode=False)
+    except MigrateError as error:
+        print(f"migrate: {error}", file=sys.stderr)
+        sys.exit(OWN_FAILURE)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        show = getattr(error, "format_message", None)
+        if show is None:
+            raise
+        print(f"migrate: {show()}", file=sys.stderr)
+        sys.exit(OWN_FAILURE)
+
+
+if __name__ == "__main__":
+    main()

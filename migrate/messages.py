@@ -1,0 +1,106 @@
+"""What clients and migd say to each other on migd's socket: one frame a message (migrate.framing), msgpack."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+
+PROTOCOL = 1
+
+Word = Annotated[str, msgspec.Meta(max_length=256)]
+
+
+class Move(msgspec.Struct, frozen=True, tag="move"):
+    """Move a process of mine; or, with `check_only`, tell what is in the way."""
+
+    pid: Annotated[int, msgspec.Meta(ge=1, lt=1 << 31)]
+    host: Word = ""
+    host_id: int = 0
+    check_only: bool = False
+    protocol: int = PROTOCOL
+
+
+class ListGuests(msgspec.Struct, frozen=True, tag="list"):
+    """What is away from here or a guest here."""
+
+    protocol: int = PROTOCOL
+
+
+class Recover(msgspec.Struct, frozen=True, tag="recover"):
+    """Settle transactions in doubt. `lost_host`: an administrator's word that this host will not come back."""
+
+    lost_host: Word = ""
+    protocol: int = PROTOCOL
+
+
+class Progress(msgspec.Struct, frozen=True, tag="progress"):
+    """A step of a migration."""
+
+    step: str
+    sent_bytes: int = 0
+
+
+class Moved(msgspec.Struct, frozen=True, tag="moved"):
+    """It runs there now."""
+
+    pid: int
+    host: str
+    frozen_ms: float
+    sent_bytes: int
+    notes: tuple[str, ...] = ()
+
+
+class Checked(msgspec.Struct, frozen=True, tag="checked"):
+    """Nothing is in the way."""
+
+    pid: int
+    notes: tuple[str, ...] = ()
+
+
+class Obstacle(msgspec.Struct, frozen=True):
+    """One reason why not."""
+
+    what: str
+    reason: str
+    remedy: str = ""
+
+
+class Refused(msgspec.Struct, frozen=True, tag="refused"):
+    """Every reason why not; the process is unharmed."""
+
+    obstacles: tuple[Obstacle, ...]
+
+
+class GuestRow(msgspec.Struct, frozen=True):
+    """One line of `migctl ps`."""
+
+    pid: int
+    user: str
+    home: str
+    where: str
+    since: float
+    """seconds since the epoch"""
+    state: str
+    command: str
+
+
+class Guests(msgspec.Struct, frozen=True, tag="guests"):
+    """The answer to ListGuests."""
+
+    rows: tuple[GuestRow, ...]
+
+
+class Recovered(msgspec.Struct, frozen=True, tag="recovered"):
+    """The answer to Recover: one line for each transaction that was in doubt."""
+
+    lines: tuple[str, ...]
+
+
+Request = Move | ListGuests | Recover
+Reply = Progress | Moved | Checked | Refused | Guests | Recovered
+FINAL = (Moved, Checked, Refused, Guests, Recovered)
+
+encode = msgspec.msgpack.Encoder().encode
+decode_request = msgspec.msgpack.Decoder(Request).decode
+decode_reply = msgspec.msgpack.Decoder(Reply).decode

@@ -1,0 +1,35 @@
+"""Where things lie on a host. One place, so that every program agrees."""
+
+from pathlib import Path
+
+CONFIG_DIR = Path("/etc/migrate")
+CONFIG_FILE = CONFIG_DIR / "config.toml"
+
+SSH_DIR = CONFIG_DIR / "ssh"
+"""Root only, 0700: this host's own key and the host keys of its peers."""
+SSH_KEY = SSH_DIR / "id_ed25519"
+SSH_PUBLIC_KEY = SSH_DIR / "id_ed25519.pub"
+KNOWN_HOSTS = SSH_DIR / "known_hosts"
+
+HOST_PUBLIC_KEY = Path("/etc/ssh/ssh_host_ed25519_key.pub")
+"""The key by which this host's own sshd proves who it is."""
+
+STATE_DIR = Path("/var/lib/migrate")
+JOURNAL = STATE_DIR / "journal.db"
+PEER_HOME = STATE_DIR / "peer"
+"""Home of the system user `migrate`; root's own, so that the user cannot change who may enter."""
+AUTHORIZED_KEYS = PEER_HOME / ".ssh" / "authorized_keys"
+
+RUN_DIR = Path("/run/migrate")
+MIGD_SOCKET = RUN_DIR / "migd.sock"
+PEER_SOCKET = RUN_DIR / "peer.sock"
+GUESTS_DIR = RUN_DIR / "guests"
+"""Root only, 0700: one directory a guest, with its images and sockets."""
+
+SYSTEMD_UNIT = Path("/etc/systemd/system/migd.service")
+
+INSTALL_DIR = Path("/opt/migrate")
+"""Where the README installs the product; another host's migctl is looked for there."""
+
+PEER_USER = "migrate"
+"""The system user (and group) that receives the connections of other hosts."""

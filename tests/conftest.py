@@ -1,0 +1,1 @@
+"""Its being here lets all tests import `testbed`: pytest puts this directory on the path."""
