@@ -83,18 +83,15 @@ class Agents:
         """After a restart of migd: connect with those that run."""
         paths.GUESTS_DIR.mkdir(mode=0o700, parents=True, exist_ok=True)
         for directory in sorted(paths.GUESTS_DIR.iterdir()):
-            found = False
-            for role in ("guard", "keeper"):
-                try:
-                    link = connect(directory / f"{role}.sock")
-                except OSError:
-                    continue
-                offer = _read_offer(directory) if role == "keeper" else None
-                self._add(directory.name, role, link, offer)
-                found = True
-            if not found:
+            role, _, guest = directory.name.partition("-")
+            try:
+                link = connect(directory / f"{role}.sock")
+            except OSError:
                 log.warning("%s: left behind, cleaned up", directory.name)
-                clean_up(directory.name)
+                clean_up(role, guest)
+                continue
+            offer = _read_offer(directory) if role == "keeper" else None
+            self._add(guest, role, link, offer)
 
     def _add(self, guest: str, role: str, link: Link, offer: Offer | None) -> Agent:
         agent = Agent(guest, role, link, offer)
@@ -143,10 +140,10 @@ def _read_offer(directory: Path) -> Offer | None:
     return None
 
 
-def clean_up(guest: str) -> None:
+def clean_up(role: str, guest: str) -> None:
     """Give back what a guard or keeper that was killed has left."""
-    directory = paths.GUESTS_DIR / guest
-    dissolve(guest)
+    directory = paths.GUESTS_DIR / f"{role}-{guest}"
+    dissolve(role, guest)
     for name in ("images", "view"):
         with contextlib.suppress(OSError):
             syscalls.umount(directory / name, syscalls.MNT_DETACH)

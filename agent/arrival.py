@@ -39,10 +39,11 @@ from agent.link import (
     StreamPipe,
 )
 from agent.reactor import READ, Reactor
+from agent.session import spawn_in_session
 from agent.view_server import VIEW_WINDOW
 from agent.waiting import next_event, wait_until
 from criu_hooks.calls import CriuCall, Done, InheritFd, RestoreRequest, spawn_swrk
-from criu_hooks.pages import PageImageWriter, PageStreamError
+from criu_hooks.pages import PageImageWriter
 from migrate.errors import CriuError, HostError, MigrateError, PeerError
 
 log = logging.getLogger(__name__)
@@ -84,7 +85,7 @@ class GuestHost:
         self._images = images
         self._reactor = Reactor()
         self._journal = Journal()
-        self._tree = Cgroup(guest_path(offer.guest, "tree"))
+        self._tree = Cgroup(guest_path("keeper", offer.guest, "tree"))
         self._bulk: Bulk | None = None
         self._lifeline: Lifeline | None = None
         self._duplex: Duplex | None = None
@@ -110,7 +111,9 @@ class GuestHost:
         with self._call:
             try:
                 self._receive(self._call)
-            except (MigrateError, OSError, PageStreamError) as error:
+            except Exception as error:
+                if not isinstance(error, MigrateError):
+                    log.exception("%s: arrival failed", self._offer.transaction)
                 self._abort(error)
                 return
         while not self._finished:
@@ -127,6 +130,7 @@ class GuestHost:
         assert self._bulk is not None
         self._await_view()
         self._capsule = capsule.build(
+            self._reactor,
             self._offer.hostname,
             self._view.mountpoint if self._view else None,
             self._offer.view,
@@ -214,36 +218,39 @@ class GuestHost:
         return pipes
 
     def _restore(self, call: CriuCall, pipes: list[_Pipe]) -> None:
-        ids = self._offer.ids
-        shell_job = ids.sid != ids.pid
         images_fd = os.open(self._images, os.O_RDONLY | os.O_DIRECTORY)
-        group = 0
+        holders: tuple[int, ...] = ()
         try:
-            if shell_job:
-                os.setsid()
-                if ids.pgid not in (ids.pid, os.getpid()):
-                    group = self._hold_group(ids.pgid)
             self._avoid_pids()
-            self._criu = spawn_swrk(
-                call.criu_end, [pipe.guest_fd for pipe in pipes], lambda: self._enter(group)
+            keep = [pipe.guest_fd for pipe in pipes]
+            criu_end = call.criu_end
+            self._criu, holders = spawn_in_session(
+                self._offer.ids,
+                lambda fork: spawn_swrk(criu_end, keep, self._enter, fork),
+                self._reactor,
             )
             call.begin(
                 RestoreRequest(
                     images_fd=images_fd,
                     inherit_fds=tuple(InheritFd(p.listed.key, p.guest_fd) for p in pipes),
-                    shell_job=shell_job,
+                    shell_job=self._shell_job,
                     log_path=str(self._images / "restore.log"),
                 )
             )
             self._follow(call)
         finally:
             os.close(images_fd)
-            if group:
-                os.kill(group, signal.SIGKILL)
+            for holder in holders:
+                os.kill(holder, signal.SIGKILL)
+                os.waitpid(holder, 0)
         for pipe in pipes:
             os.close(pipe.guest_fd)
         if not self._tree.wait_frozen(self._offer.freeze_limit_seconds):
             raise HostError("cgroup", "the restored tree did not freeze")
+
+    @property
+    def _shell_job(self) -> bool:
+        return self._offer.ids.sid != self._offer.ids.pid
 
     def _avoid_pids(self) -> None:
         """Have criu born under a pid that the images do not need (they are named after their pids)."""
@@ -255,28 +262,12 @@ class GuestHost:
         base = next(n for n in range(300, 30000, 100) if not taken & set(range(n, n + 64)))
         Path("/proc/sys/kernel/ns_last_pid").write_text(str(base))
 
-    def _hold_group(self, pgid: int) -> int:
-        """A process that leads the guest's process group until the guest is a member."""
-        reading, writing = os.pipe()
-        pid = syscalls.fork_with_pid(pgid)
-        if pid == 0:
-            os.setpgid(0, 0)
-            os.write(writing, b".")
-            signal.pause()
-            os._exit(0)
-        os.read(reading, 1)
-        os.close(reading)
-        os.close(writing)
-        return pid
-
-    def _enter(self, group: int) -> None:
+    def _enter(self) -> None:
         assert self._capsule is not None
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-        if group:
-            os.setpgid(0, group)
         self._tree.add(0)
         self._capsule.enter()
         take_identity(self._offer.owner.uid, self._offer.owner.gid)
@@ -291,7 +282,7 @@ class GuestHost:
                     raise CriuError(f"pid {self._offer.ids.pid}", event.reason)
                 return
             if event.script == "pre-resume":
-                Cgroup(guest_path(self._guest, "keeper")).add(self._criu)
+                Cgroup(guest_path("keeper", self._guest, "own")).add(self._criu)
                 self._tree.freeze()
             call.proceed()
 
@@ -396,6 +387,7 @@ class GuestHost:
             self._to_guard(guestwords.Continued())
         else:
             self._exit_code = os.waitstatus_to_exitcode(status)
+            log.info("%s: ended (%d)", self._guest, self._exit_code)
             self._tell_end()
 
     def _offsets(self) -> tuple[tuple[int, int], ...]:

@@ -333,12 +333,12 @@ class Broker:
             elif entry.state is State.COMMITTED:
                 self._spawn(self._settle(entry))
             return
-        if paths.GUESTS_DIR.joinpath(agent.guest).exists():
-            clean_up(agent.guest)
+        if paths.GUESTS_DIR.joinpath(f"{agent.role}-{agent.guest}").exists():
+            clean_up(agent.role, agent.guest)
 
     def _give_up(self, entry: Entry, reason: str) -> None:
         state = State.ABORTED if entry.state is State.OFFERED else State.ENDED
-        clean_up(entry.guest)
+        clean_up("keeper", entry.guest)
         self._journal.move(entry.transaction, entry.side, state, after=entry.state, reason=reason)
 
     def _roll_back(self, entry: Entry, reason: str) -> None:
@@ -346,8 +346,8 @@ class Broker:
         if self._journal.move(
             entry.transaction, Side.SOURCE, State.ABORTED, after=State.BEGUN, reason=reason
         ):
-            put_back(Cgroup(guest_path(entry.guest, "tree")), Path(entry.origin_cgroup))
-            clean_up(entry.guest)
+            put_back(Cgroup(guest_path("guard", entry.guest, "tree")), Path(entry.origin_cgroup))
+            clean_up("guard", entry.guest)
             log.info("%s: rolled back: %s", entry.transaction, reason)
 
     async def _connect_lifeline(self, agent: Agent, name: str) -> None:
@@ -401,8 +401,8 @@ class Broker:
             if self._journal.move(
                 entry.transaction, Side.SOURCE, State.ABORTED, after=State.COMMITTED
             ):
-                put_back(Cgroup(guest_path(entry.guest, "tree")), Path(entry.origin_cgroup))
-                clean_up(entry.guest)
+                put_back(Cgroup(guest_path("guard", entry.guest, "tree")), Path(entry.origin_cgroup))
+                clean_up("guard", entry.guest)
         else:
             # It runs there, but its guard, which held its pipes and files, was killed.
             self._journal.move(
@@ -412,7 +412,7 @@ class Broker:
                 after=State.COMMITTED,
                 reason="the guard was killed",
             )
-            clean_up(entry.guest)
+            clean_up("guard", entry.guest)
 
     # ------------------------------------------------------------------ peers
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from agent import syscalls
+from agent.reactor import READ, Reactor
 from agent.syscalls import (
     CLONE_NEWIPC,
     CLONE_NEWNS,
@@ -26,9 +27,11 @@ from agent.syscalls import (
     MS_REC,
     MS_SLAVE,
 )
+from agent.waiting import wait_for
 from migrate.errors import HostError
 
 SHM_OPTIONS = "mode=1777"
+BUILD_SECONDS = 20.0
 
 
 @dataclass(frozen=True)
@@ -53,9 +56,12 @@ class Capsule:
             os.close(fd)
 
 
-def build(hostname: str, view: Path | None, directories: Iterable[str]) -> Capsule:
+def build(
+    reactor: Reactor, hostname: str, view: Path | None, directories: Iterable[str]
+) -> Capsule:
     """Make a capsule; the caller lives in the new pid namespace already.
 
+    :param reactor: goes on turning meanwhile.
     :param view: where home's root directory is mounted; None at home itself.
     :param directories: absolute paths that come from home.
     :raises HostError: with the step that failed.
@@ -67,19 +73,15 @@ def build(hostname: str, view: Path | None, directories: Iterable[str]) -> Capsu
             _inside(theirs, hostname, view, directories)
         theirs.close()
         try:
-            word = ours.recv(4096)
-            if word != b"ok":
-                raise HostError("capsule", word.decode(errors="replace") or "could not be built")
-            fds: list[int] = []
-            try:
-                _, fds, _, _ = socket.recv_fds(ours, 16, 4)
+            # The view that is mounted there is served by this very process.
+            if not wait_for(reactor, ours.fileno(), READ, BUILD_SECONDS):
+                raise HostError("capsule", "could not be built in time")
+            word, fds, _, _ = socket.recv_fds(ours, 4096, 4)
+            if len(fds) == 4:
                 return Capsule(*fds)
-            except TypeError:
-                for fd in fds:
-                    os.close(fd)
-                raise HostError("capsule", "could not be built") from None
+            raise HostError("capsule", word.decode(errors="replace") or "could not be built")
         finally:
-            ours.close()
+            os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
 
 
@@ -105,7 +107,6 @@ def _inside(
                 step = f"home's {directory}"
                 source = view / directory.lstrip("/")
                 syscalls.mount(str(source), Path(directory), flags=MS_BIND)
-        report.send(b"ok")
         names = ("/proc/self/ns/mnt", "/proc/self/ns/uts", "/proc/self/ns/ipc")
         fds = [os.open(name, os.O_RDONLY | os.O_CLOEXEC) for name in names]
         fds.append(os.open("/proc", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))

@@ -30,9 +30,12 @@ def hierarchy() -> Path:
     )
 
 
-def guest_path(guest: str, part: str) -> Path:
-    """The cgroup directory of one part (`tree`, `keeper`, `origin`) of a guest."""
-    return hierarchy() / SLICE / guest / part
+def guest_path(role: str, guest: str, part: str) -> Path:
+    """The cgroup directory of one part (`tree`: the processes; `own`: who looks after them).
+
+    :param role: `guard` or `keeper`: at home a guest may have both.
+    """
+    return hierarchy() / SLICE / f"{role}-{guest}" / part
 
 
 def of_process(pid: int) -> Path:
@@ -51,7 +54,10 @@ class Cgroup:
 
     def create(self) -> None:
         """Make it, and what is above it."""
-        self.path.mkdir(mode=0o755, parents=True, exist_ok=True)
+        self.path.mkdir(parents=True, exist_ok=True)
+        # criu looks at it with access(2), which asks for the real uid: the user's.
+        for directory in (self.path, self.path.parent, self.path.parent.parent):
+            directory.chmod(0o755)
 
     def remove(self) -> None:
         """Remove it, if it is empty; it may be gone already. Raises OSError (EBUSY) if it is not."""
@@ -139,9 +145,9 @@ class Cgroup:
             os.close(fd)
 
 
-def dissolve(guest: str) -> None:
-    """Kill and remove every cgroup of a guest on this host."""
-    base = hierarchy() / SLICE / guest
+def dissolve(role: str, guest: str) -> None:
+    """Kill and remove the cgroups of a guard or keeper, with everything in them."""
+    base = hierarchy() / SLICE / f"{role}-{guest}"
     if not base.is_dir():
         return
     for child in [p for p in base.iterdir() if p.is_dir()]:

@@ -151,14 +151,18 @@ class Departure:
 
     def _freeze_and_dump(self, call: CriuCall, images: Path) -> None:
         self._original.gather()
-        self._frozen_at = time.monotonic()
-        self._original.cgroup.freeze()
         ours, theirs = socket.socketpair()
         images_fd = os.open(images, os.O_RDONLY | os.O_DIRECTORY)
         criu = 0
         try:
             with ours, theirs:
                 criu = spawn_swrk(call.criu_end, [theirs.fileno()], self._original.enter)
+                self._frozen_at = time.monotonic()
+                self._original.cgroup.freeze()
+                if not self._original.cgroup.wait_frozen(self._patience):
+                    raise HostError("cgroup", "the tree does not freeze", "try again")
+                # Before criu holds it: a traced tree would not look as it is.
+                described = self._original.describe()
                 call.begin(
                     DumpRequest(
                         pid=self._original.pid,
@@ -171,7 +175,8 @@ class Departure:
                     )
                 )
                 theirs.close()
-                self._pump(call, ours, images)
+                self._pump(call, ours)
+                self._send_images(images, described)
         except BaseException:
             if criu:
                 os.kill(criu, signal.SIGKILL)
@@ -181,8 +186,8 @@ class Departure:
             if criu:
                 os.waitpid(criu, 0)
 
-    def _pump(self, call: CriuCall, pages: socket.socket, images: Path) -> None:
-        """Forward the page stream until criu holds the dumped tree, then what else there is."""
+    def _pump(self, call: CriuCall, pages: socket.socket) -> None:
+        """Forward the page stream until criu has dumped the tree and left it to the freezer."""
         source = PageSource()
         buffer = bytearray(PUMP_BYTES)
         view = memoryview(buffer)
@@ -204,7 +209,6 @@ class Departure:
 
         self._reactor.register(pages.fileno(), READ, forward)
         try:
-            described: Dumped | None = None
             while True:
                 event = self._next(call, pending)
                 if event is None:
@@ -218,14 +222,11 @@ class Departure:
                     if not event.ok:
                         raise CriuError(f"pid {self._start.host_pid}", event.reason)
                     break
-                if event.script == "post-dump":
-                    described = self._original.describe()
-                    self._send_images(images, described)
                 call.proceed()
         finally:
             if open_:
                 self._reactor.unregister(pages.fileno())
-        if described is None or not source.finished:
+        if not source.finished:
             raise CriuError(f"pid {self._start.host_pid}", "the dump ended early")
 
     def _next(self, call: CriuCall, pending: list[int]) -> Event | None:

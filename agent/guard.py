@@ -17,6 +17,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +34,7 @@ from agent.deputy_link import (
     Signalled,
     process_state,
 )
-from agent.endpoints import FdSink, PeekSource
+from agent.endpoints import End, FdSink, PeekSource
 from agent.identity import take_identity
 from agent.injection import DeputyProgram, MuteDeputy, become_deputy
 from agent.journal import Entry, Journal, Side, State
@@ -82,12 +83,16 @@ class _HomeFile:
 class FreshTree:
     """The original of a first migration: a process tree of this host."""
 
-    def __init__(self, start: StartDeparture) -> None:
+    def __init__(self, start: StartDeparture, on_streams: Callable[[list[int]], None]) -> None:
+        """
+        :param on_streams: gets the streams that the keeper will use, before it may use them.
+        """
         self.pid = start.host_pid
+        self._on_streams = on_streams
         self._start = start
         self._owner = start.offer.owner
         self.shell_job = start.offer.ids.sid != self.pid
-        self.cgroup = Cgroup(guest_path(start.offer.guest, "tree"))
+        self.cgroup = Cgroup(guest_path("guard", start.offer.guest, "tree"))
         self.origin = of_process(self.pid)
         self.pidfd = os.pidfd_open(self.pid)
         if pid_starttime(self.pid) != start.starttime_ticks:
@@ -97,6 +102,9 @@ class FreshTree:
         """stream → our copy of home's descriptor"""
         self.files: list[_HomeFile] = []
         self.pipe_list: tuple[StreamPipe, ...] = ()
+        self.stdio: dict[int, list[int]] = {}
+        """stream → the root's descriptors, of those that the deputy keeps"""
+        self.pending: list[int] = []
 
     def gather(self) -> None:
         self.cgroup.create()
@@ -123,6 +131,7 @@ class FreshTree:
         )
         if obstacles:
             raise obstacles[0].error()
+        self.pending = pending_signals(self.pid)
         self._copy_descriptors(tree)
         return Dumped(pipes=self.pipe_list, files=tuple(file.number for file in self.files))
 
@@ -140,9 +149,13 @@ class FreshTree:
             finally:
                 os.close(pidfd)
             self.pipes[stream] = fd
+            for held in pipe.ends:
+                if held.pid == self.pid and held.fd <= 2:
+                    self.stdio.setdefault(stream, []).append(held.fd)
             size = fcntl.fcntl(fd, fcntl.F_GETPIPE_SZ)
             listed.append(StreamPipe(stream, pipe.key, pipe.direction == "out", size))
         self.pipe_list = tuple(listed)
+        self._on_streams([pipe.stream for pipe in listed])
         for file in tree.root.files:
             if file.fd <= 2 and file.kind is FileKind.REGULAR:
                 self.files.append(_HomeFile(file.fd, pidfd_getfd(self.pidfd, file.fd)))
@@ -193,7 +206,9 @@ class Guard:
         self._verdict: bool | None = None
         self._where = ""
         self._finished = False
-        self._directory = paths.GUESTS_DIR / guest
+        self._deputy_dead = False
+        self._closed_fds: set[int] = set()
+        self._directory = paths.GUESTS_DIR / f"guard-{guest}"
         self._sinks: list[FdSink] = []
         self._sources: list[PeekSource] = []
 
@@ -224,7 +239,7 @@ class Guard:
         bulk = Bulk(self._reactor, start.destination, fds[0], fds[1], offer.freeze_limit_seconds)
         try:
             with CriuCall() as call:
-                tree = self._tree = FreshTree(start)
+                tree = self._tree = FreshTree(start, self._open_streams)
                 self._journal.record(self._entry(start, tree))
                 self._lifeline = Lifeline(
                     self._reactor,
@@ -317,15 +332,32 @@ class Guard:
 
     # ------------------------------------------------------------------ streams and deputy
 
+    def _open_streams(self, numbers: list[int]) -> None:
+        assert self._lifeline is not None
+        for number in numbers:
+            self._lifeline.open(number)
+
     def _connect_streams(self, tree: FreshTree) -> None:
         assert self._lifeline is not None
         for pipe in tree.pipe_list:
             stream = self._lifeline.open(pipe.stream)
             fd = tree.pipes.pop(pipe.stream)
+            kept = tree.stdio.get(pipe.stream, [])
+
+            def over(end: End, kept: list[int] = kept) -> None:
+                self._close_at_deputy(kept)
+
             if pipe.outgoing:
-                self._sinks.append(FdSink(self._reactor, stream.receiver, fd))
+                self._sinks.append(FdSink(self._reactor, stream.receiver, fd, on_end=over))
             else:
-                self._sources.append(PeekSource(self._reactor, stream.sender, fd))
+                self._sources.append(PeekSource(self._reactor, stream.sender, fd, on_end=over))
+
+    def _close_at_deputy(self, fds: list[int]) -> None:
+        """The guest has closed these, or nobody reads them: home's others must see that."""
+        self._closed_fds.update(fds)
+        if self._deputy is not None:
+            for fd in fds:
+                self._deputy.close_descriptor(fd)
 
     def _stand_deputy(self, tree: FreshTree) -> None:
         """The frozen original becomes the deputy, in the cgroup where the original was."""
@@ -347,8 +379,16 @@ class Guard:
                 program=DeputyProgram(Path(os.path.realpath(sys.executable)), script, socket_path),
                 members=members,
                 keep_fds=sorted({0, 1, 2} | {f.number for f in tree.files}),
-                imaged_signals=pending_signals(tree.pid),
+                imaged_signals=tree.pending,
             )
+        except MigrateError as error:
+            log.warning("%s: no deputy: %s", self._guest, error)
+            if process_state(tree.pid) not in (None, "Z"):
+                raise
+            self._to_keeper(guestwords.Kill())  # killed while it was frozen
+            put_back(tree.cgroup, tree.origin)
+            self._deputy_dead = True
+            return
         finally:
             for pidfd in members:
                 os.close(pidfd)
@@ -381,6 +421,8 @@ class Guard:
         for report in self._deputy.receive():
             match report:
                 case Ready():
+                    for fd in sorted(self._closed_fds):
+                        self._deputy.close_descriptor(fd)
                     if self._exit_code is not None:
                         self._deputy.end(self._exit_code)
                     elif self._guest_stopped:
@@ -400,8 +442,6 @@ class Guard:
         stopped = process_state(self._tree.pid) == "T"
         if stopped and not self._deputy_stopped and not self._guest_stopped:
             self._to_keeper(guestwords.Signal(signal.SIGSTOP))
-        elif self._deputy_stopped and not stopped:
-            self._to_keeper(guestwords.Signal(signal.SIGCONT))
         self._deputy_stopped = stopped
         self._reactor.call_later(STATE_POLL_SECONDS, self._watch_state)
 
@@ -429,6 +469,7 @@ class Guard:
             case guestwords.Continued():
                 self._guest_stopped = 0
             case guestwords.Ended(exit_code, offsets):
+                log.info("%s: ended (%d)", self._guest, exit_code)
                 self._set_offsets(offsets)
                 self._exit_code = exit_code
                 self._end_deputy()
@@ -452,7 +493,9 @@ class Guard:
             self._mute.finish(self._exit_code)
         elif self._deputy is not None:
             self._deputy.end(self._exit_code)
-        if process_state(self._tree.pid) is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._tree.pid, signal.SIGCONT)  # a stopped deputy hears nothing
+        if self._deputy_dead or process_state(self._tree.pid) is None:
             self._finished = True
 
     def _cut(self, reason: PeerError) -> None:
@@ -509,7 +552,7 @@ class Guard:
             self._listener.close()
         if self._exit_code is not None:
             self._say(Ended(self._exit_code))
-            dissolve(self._guest)
+            dissolve("guard", self._guest)
         shutil.rmtree(self._directory, ignore_errors=True)
         self._journal.close()
 

@@ -37,12 +37,13 @@ def serve(offer: Offer, link: Link, local: bool) -> None:
 
     :param local: the guest is at home here: its files are this host's own.
     """
-    directory = paths.GUESTS_DIR / offer.guest
+    directory = paths.GUESTS_DIR / f"keeper-{offer.guest}"
     directory.mkdir(mode=0o700, parents=True)
     images = directory / "images"
+    (directory / "offer").write_bytes(msgspec.msgpack.encode(offer))
     view: HomeView | None = None
     try:
-        cgroup = Cgroup(guest_path(offer.guest, "keeper"))
+        cgroup = Cgroup(guest_path("keeper", offer.guest, "own"))
         cgroup.create()
         cgroup.add(os.getpid())
         images.mkdir(mode=0o700)
@@ -55,14 +56,14 @@ def serve(offer: Offer, link: Link, local: bool) -> None:
         with CriuCall() as call, listen(directory / "keeper.sock") as server:
             _run_inside(offer, link, server, view, images, call)
     finally:
-        tree = Cgroup(guest_path(offer.guest, "tree"))
+        tree = Cgroup(guest_path("keeper", offer.guest, "tree"))
         tree.kill()
         if view is not None:
             view.close()
         with contextlib.suppress(OSError):
             syscalls.umount(images, syscalls.MNT_DETACH)
         _leave_cgroup()
-        dissolve(offer.guest)
+        dissolve("keeper", offer.guest)
         shutil.rmtree(directory, ignore_errors=True)
 
 
@@ -99,7 +100,9 @@ def _run_inside(
             os._exit(status)
     link.close()
     try:
-        os.waitpid(inner, 0)
+        _, status = os.waitpid(inner, 0)
+        if status:
+            log.warning("%s: inner keeper: %s", offer.guest, os.waitstatus_to_exitcode(status))
     finally:
         if init:
             os.kill(init, signal.SIGKILL)

@@ -2,6 +2,7 @@
 
 import logging
 import socket
+import time
 from dataclasses import dataclass
 
 import paramiko
@@ -9,7 +10,7 @@ import paramiko
 from agent.peer_errors import PeerUnreachable
 from agent.peer_hello import HELLO_LIMIT_BYTES, Hello, check_answer, encode_word
 from agent.peer_identity import Identity, Patience
-from agent.peer_raw import explain_ssh
+from agent.peer_raw import explain_ssh, turned_away, unresolvable
 from migrate.config import Host
 from migrate.errors import HostError
 from migrate.framing import FrameError, recv_frame, send_frame
@@ -52,6 +53,8 @@ def connect_tcp(peer: Host, seconds: float) -> socket.socket:
     try:
         sock = socket.create_connection((peer.address, peer.port), seconds)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    except socket.gaierror as error:
+        raise unresolvable(peer.name) from error
     except OSError as error:
         reason = "timed out" if isinstance(error, TimeoutError) else error.strerror or str(error)
         raise PeerUnreachable(
@@ -70,7 +73,7 @@ def dial(
     :raises PeerUnreachable: at any of these; the reason says which.
     :raises HostError: this host lacks its key or the file of known hosts.
     """
-    what, seconds = f"host {peer.name}", patience.connect_seconds
+    what, seconds, begun = f"host {peer.name}", patience.connect_seconds, time.monotonic()
     client = paramiko.SSHClient()
     client.set_log_channel(LOG_CHANNEL)
     client.set_missing_host_key_policy(_Reject())
@@ -107,7 +110,8 @@ def dial(
         client.close()
         sock.close()
         if isinstance(error, (OSError, EOFError, paramiko.SSHException, FrameError)):
-            raise _explain(error, peer.name, seconds) from error
+            late = time.monotonic() - begun >= 0.9 * seconds
+            raise _explain(error, peer.name, seconds if late else None) from error
         raise
 
 
@@ -126,20 +130,18 @@ def _greet(channel: paramiko.Channel, peer: str, own: Hello) -> Hello:
     return check_answer(payload, peer)
 
 
-def _explain(error: BaseException, peer: str, seconds: float) -> PeerUnreachable:
+def _explain(error: BaseException, peer: str, waited_seconds: float | None) -> PeerUnreachable:
+    """One sentence; `waited_seconds` is how long, if that was too long (paramiko does not say)."""
     what, join = f"host {peer}", f"run `migctl join {peer}`"
     if isinstance(error, paramiko.BadHostKeyException):
         return PeerUnreachable(what, "it shows another host key than before", join)
     if isinstance(error, _UnknownHostKey):
         return PeerUnreachable(what, "its host key is not known", join)
-    # paramiko has no class of its own for a time limit.
-    text = str(error).lower()
-    if isinstance(error, TimeoutError) or any(
-        s in text for s in ("timeout", "timed out", "banner")
-    ):
-        return PeerUnreachable(what, f"no answer within {seconds:g} s", "is it up, and its migd?")
-    if isinstance(error, paramiko.AuthenticationException) and "eof" not in text:
+    if waited_seconds is not None:
+        reason = f"no answer within {waited_seconds:g} s"
+        return PeerUnreachable(what, reason, "is it up, and its migd?")
+    if isinstance(error, paramiko.AuthenticationException) and "EOF" not in str(error):
         return PeerUnreachable(what, "it does not accept this host's key", join)
     if isinstance(error, FrameError):
         return PeerUnreachable(what, f"its greeting makes no sense ({error.reason})")
-    return PeerUnreachable(what, "its sshd ended the connection", "see sshd's log there")
+    return turned_away(peer)

@@ -198,6 +198,7 @@ class RawPool:
                         await connection.ended.wait()
                 raise connection.failure()
             check_answer(payload, connection.peer.name)
+            connection.greeted = True
         finally:
             stream.release()
 

@@ -10,14 +10,16 @@ import select
 import signal
 import subprocess
 
-from agent.peer_errors import PeerUnreachable, one_line
+from agent.peer_errors import AnswerLost, PeerUnreachable, one_line
 from agent.peer_hello import HELLO_LIMIT_BYTES, Purpose, encode_word
 from agent.peer_identity import Identity
 from migrate.config import Host
+from migrate.errors import PeerError
 from migrate.framing import encode_frame
 
 SSH = "/usr/bin/ssh"
 _STDERR_LIMIT_BYTES = 4096
+_LOST = "the connection was lost"
 
 
 def ssh_command(peer: Host, identity: Identity) -> list[str]:
@@ -68,6 +70,8 @@ class RawConnection:
         self.ended = asyncio.Event()
         """Set when ssh has ended and is reaped."""
         self.told_to_end = False
+        self.greeted = False
+        """Whether the peer's migd has answered on it."""
         self._fd_err = fd_err
         self._closed = False
 
@@ -80,7 +84,7 @@ class RawConnection:
         try:
             _write_all(self.fd_out, frame)
         except OSError as error:
-            raise self.failure() from error
+            raise PeerUnreachable(f"host {self.peer.name}", _LOST) from error
 
     def alive(self) -> bool:
         """Whether it still stands, as far as this host can know; only before `begin`."""
@@ -90,9 +94,11 @@ class RawConnection:
         poll.register(self.fd_in, select.POLLIN | select.POLLRDHUP)
         return not poll.poll(0)
 
-    def failure(self) -> PeerUnreachable:
-        """Why ssh ended, or has not connected: from what it printed and its exit status."""
+    def failure(self) -> PeerError:
+        """Why ssh has not connected, or has ended: from what it printed and its exit status."""
         text = os.pread(self._fd_err, _STDERR_LIMIT_BYTES, 0).decode(errors="replace")
+        if self.greeted:
+            return AnswerLost(f"host {self.peer.name}", _last_line(text) or _LOST)
         return explain_ssh(self.peer.name, self.process.poll(), text)
 
     def detach(self) -> None:
@@ -129,8 +135,23 @@ def explain_ssh(peer: str, status: int | None, text: str) -> PeerUnreachable:
         if sign in lower:
             return PeerUnreachable(what, f"unreachable: {sign}", "is it up, and its sshd?")
     if "could not resolve" in lower:
-        return PeerUnreachable(what, f"its address {_last_line(text)}")
-    return PeerUnreachable(what, _last_line(text) or "the connection ended at once")
+        return unresolvable(peer)
+    if not text.strip():
+        return turned_away(peer)
+    return PeerUnreachable(what, _last_line(text))
+
+
+def unresolvable(peer: str) -> PeerUnreachable:
+    """Its address is a name that DNS does not know."""
+    reason = "the name in its address cannot be resolved"
+    return PeerUnreachable(f"host {peer}", reason, "correct its address in config.toml")
+
+
+def turned_away(peer: str) -> PeerUnreachable:
+    """sshd closes the connection without a word, as it does after failures (PerSourcePenalties)."""
+    reason = "its sshd ended the connection at once"
+    remedy = "after failed attempts it refuses a host for a while; see sshd's log there"
+    return PeerUnreachable(f"host {peer}", reason, remedy)
 
 
 def _join(peer: str) -> str:

@@ -45,6 +45,7 @@ CLONE_NEWIPC = 0x08000000
 CLONE_NEWUSER = 0x10000000
 CLONE_NEWPID = 0x20000000
 CLONE_NEWNET = 0x40000000
+_CLONE_PARENT = 0x00008000
 _CLONE_CHILD_CLEARTID = 0x00200000
 _CLONE_CHILD_SETTID = 0x01000000
 
@@ -242,12 +243,13 @@ class _CloneArguments(ctypes.Structure):
     )
 
 
-def fork_with_pid(pid: int | None) -> int:
+def fork_with_pid(pid: int | None, *, sibling: bool = False) -> int:
     """Fork; the child gets `pid` in the pid namespace that this process's children are born in.
 
     Only for a process with one thread: libc's own fork handlers do not run.
 
     :param pid: the wanted pid, or None for any. Needs CAP_SYS_ADMIN or CAP_CHECKPOINT_RESTORE.
+    :param sibling: the child's parent is the caller's own parent (CLONE_PARENT).
     :returns: 0 in the child, its pid (as the caller's namespace counts) in the parent.
     :raises FileExistsError: the pid is taken.
     """
@@ -257,9 +259,13 @@ def fork_with_pid(pid: int | None) -> int:
     if pid is not None:
         arguments.set_tid = ctypes.addressof(wanted)
         arguments.set_tid_size = 1
+    if sibling:
+        # The signal at its end is then the one of the caller's own end.
+        arguments.flags = _CLONE_PARENT
+        arguments.exit_signal = 0
     tid_address = _libc_tid_address()
     if tid_address:
-        arguments.flags = _CLONE_CHILD_SETTID | _CLONE_CHILD_CLEARTID
+        arguments.flags |= _CLONE_CHILD_SETTID | _CLONE_CHILD_CLEARTID
         arguments.child_tid = tid_address
     api = ctypes.pythonapi
     api.PyOS_BeforeFork()

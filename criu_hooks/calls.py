@@ -97,7 +97,12 @@ def criu_path() -> str:
     raise HostError("criu", "is not installed", "install Debian's criu, 4.2 or newer")
 
 
-def spawn_swrk(rpc: socket.socket, keep_fds: Sequence[int], prepare: Callable[[], None]) -> int:
+def spawn_swrk(
+    rpc: socket.socket,
+    keep_fds: Sequence[int],
+    prepare: Callable[[], None],
+    fork: Callable[[], int] = os.fork,
+) -> int:
     """Fork `criu swrk` as a child of the caller and return its pid.
 
     :param rpc: CRIU's end of the RPC socket pair.
@@ -106,7 +111,7 @@ def spawn_swrk(rpc: socket.socket, keep_fds: Sequence[int], prepare: Callable[[]
         the child with status 127; the caller sees the closed RPC socket.
     """
     path = criu_path()
-    pid = os.fork()
+    pid = fork()
     if pid:
         return pid
     try:

@@ -110,7 +110,7 @@ def migrate(
 def main() -> None:
     """Entry point: own failures end with 125 and one line on stderr."""
     try:
-        app(standalone_mode=False)
+        sys.exit(app(standalone_mode=False) or 0)
     except MigrateError as error:
         print(f"migrate: {error}", file=sys.stderr)
         sys.exit(OWN_FAILURE)

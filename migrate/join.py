@@ -16,6 +16,7 @@ from migrate.config import (
     Config,
     Host,
     is_address,
+    is_host_name,
     parse_config,
     read_config_text,
 )
@@ -40,6 +41,15 @@ class Card(msgspec.Struct, frozen=True):
     host: Host
     key: str
     host_key: str
+
+    def check(self) -> None:
+        """:raises ConfigError: it says what no host can be."""
+        if not is_host_name(self.host.name):
+            raise ConfigError(f"host {self.host.name!r}", "not a host's name")
+        if not is_address(self.host.address):
+            raise ConfigError(
+                f"host {self.host.name}", f"{self.host.address!r} is no IP address or DNS name"
+            )
 
 
 class JoinRequest(msgspec.Struct, frozen=True, tag="request"):
@@ -84,18 +94,18 @@ def ask_program(command: Sequence[str], question: bytes) -> bytes:
 
     :raises PeerError: the command fails; what it had to say it said on our stderr.
     """
+    what = f"host {command[-2]}"
     try:
         done = subprocess.run(command, input=question, stdout=subprocess.PIPE, check=False)
     except OSError as error:
         raise HostError(command[0], f"cannot be run: {error.strerror}") from error
     if done.returncode in (126, 127):
-        raise PeerError(
-            "migctl", f"not found there as {command[-1].split()[0]}", "install migrate there"
-        )
+        program = command[-1].split()[0]
+        raise PeerError(what, f"there is no {program}", "install migrate there, or give --migctl")
     if done.returncode == 255:
-        raise PeerError("ssh", "no connection to it as the administrator", "see what ssh said")
+        raise PeerError(what, "ssh cannot log in there", f"try: ssh {command[-2]}")
     if done.returncode != 0:
-        raise PeerError("migctl", f"failed there with status {done.returncode}")
+        raise PeerError(what, f"migctl failed there with status {done.returncode}")
     return done.stdout
 
 
@@ -115,12 +125,14 @@ def join(place: Place, target: Target, ask: Ask = ask_program) -> Host:
         PROTOCOL, _own_card(place, config.this_host), _others(config), target.host_id
     )
     answer = _understand(ask(_ssh_command(target), msgspec.json.encode(request)), target.host)
+    answer.card.check()
     theirs = answer.card.host
+    listed = _listed(config, theirs.name) or theirs
     host = Host(
         theirs.name,
         theirs.id,
-        target.address or _listed_address(config, theirs.name) or theirs.address,
-        target.ssh_port or theirs.port,
+        target.address or listed.address,
+        target.ssh_port or listed.port,
     )
     own = msgspec.structs.replace(config.this_host, id=answer.your_id)
     _learn(place, own, host, answer.card)
@@ -149,6 +161,7 @@ def _accept(place: Place, question: bytes) -> JoinAnswer:
             f"speaks protocol {request.protocol}, this host {PROTOCOL}",
             "install the same version on both hosts",
         )
+    request.card.check()
     config = _own_config(place)
     caller = request.card.host
     their_id, own_id = agree_on_ids(
@@ -157,12 +170,8 @@ def _accept(place: Place, question: bytes) -> JoinAnswer:
         request.wanted_id,
     )
     own = msgspec.structs.replace(config.this_host, id=own_id)
-    host = Host(
-        caller.name,
-        their_id,
-        _listed_address(config, caller.name) or caller.address,
-        caller.port,
-    )
+    listed = _listed(config, caller.name) or caller
+    host = Host(caller.name, their_id, listed.address, listed.port)
     card = _own_card(place, own)
     _learn(place, own, host, request.card)
     return JoinAnswer(card, their_id)
@@ -179,13 +188,16 @@ def _understand(output: bytes, host: str) -> JoinAnswer:
     except msgspec.MsgspecError:
         raise PeerError(what, "its answer makes no sense", "is it the same version?") from None
     if isinstance(answer, JoinRefusal):
-        parts = (_printable(part) for part in (answer.what, answer.reason, answer.remedy))
-        raise PeerError(f"{what}: {next(parts)}", *parts)
+        about = _printable(answer.what)
+        named = about if about == what else f"{what}: {about}"
+        raise PeerError(named, _printable(answer.reason), _printable(answer.remedy))
     return answer
 
 
 def _learn(place: Place, own: Host, other: Host, card: Card) -> None:
     """Believe the card of the other host: everything is worked out before anything is written."""
+    if other.name == own.name:
+        raise ConfigError(f"host {own.name}", "the other host calls itself so, too")
     key = parse_public_key(card.key, f"host {other.name}")
     host_key = parse_public_key(card.host_key, f"host {other.name}'s sshd")
     if key == _read_key(place, paths.SSH_PUBLIC_KEY) or host_key == _read_key(
@@ -234,8 +246,9 @@ def _others(config: Config) -> dict[str, int]:
     return {host.name: host.id for host in config.peers}
 
 
-def _listed_address(config: Config, name: str) -> str | None:
-    return next((host.address for host in config.hosts if host.name == name), None)
+def _listed(config: Config, name: str) -> Host | None:
+    """What an administrator wrote about a host stands, and is not changed by joining again."""
+    return next((host for host in config.hosts if host.name == name), None)
 
 
 def _read_key(place: Place, path: Path) -> PublicKey:

@@ -1,6 +1,6 @@
 """Which ids two hosts get that join: the same in both their files, and nobody else's."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from migrate.errors import ConfigError
 
@@ -37,11 +37,12 @@ def agree_on_ids(caller: Standing, acceptor: Standing, wanted: int | None) -> tu
             theirs = _free(caller, acceptor)
         elif not (holder == caller.name and caller.is_fresh):
             raise _taken(acceptor.name, theirs, holder)
+    acceptor = replace(acceptor, host_id=theirs)
     ours = _own_wish(caller, acceptor, None)
-    if ours == theirs or _holder(ours, caller.name, caller, acceptor) is not None:
+    if (holder := _holder(ours, caller.name, caller, acceptor)) is not None:
         if not caller.is_fresh:
-            raise _taken(caller.name, ours, acceptor.name)
-        ours = max(_free(caller, acceptor), theirs + 1)
+            raise _taken(caller.name, ours, holder)
+        ours = _free(caller, acceptor)
     return ours, theirs
 
 

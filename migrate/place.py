@@ -1,6 +1,5 @@
 """A host as `migctl` changes it: where its files are, and how programs are run on it."""
 
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -60,7 +59,7 @@ def check_readable_by_all(path: Path) -> None:
     for part in (real, *real.parents):
         needed = 0o001 if part != real else 0o004
         try:
-            mode = os.stat(part).st_mode
+            mode = part.stat().st_mode
         except OSError as error:
             raise HostError(str(part), f"cannot be looked at: {error.strerror}") from error
         if not mode & needed:

@@ -85,7 +85,8 @@ def know(text: str, peer: str, key: PublicKey) -> str:
 
     :raises ConfigError: the key is already another peer's.
     """
-    kept = [old for old in _lines(text) if old.split()[0] != _checked(peer)]
+    _checked(peer)
+    kept = [old for old in _lines(text) if old.split()[0] != peer]
     for old in kept:
         if str(key) in old:
             raise _shared(peer, old.split()[0], "/etc/ssh/ssh_host_*")

@@ -7,7 +7,7 @@ from pathlib import Path
 from testbed import cgroup, image, layers
 from testbed.errors import TestbedError
 from testbed.image import Image
-from testbed.instance import CHECKOUT, RUN_ROOT, Instance, cache_root, locked
+from testbed.instance import RUN_ROOT, Instance, cache_root, locked
 from testbed.network import Switch
 from testbed.node import Disk, Node
 from testbed.seed import seed_layer
@@ -109,7 +109,7 @@ class Testbed:
     def _boot(self, node: Node, state: State) -> None:
         lower = [Path(state.seed) / node.name, *map(Path, state.layers)]
         disks = self.instance.disks / node.name
-        node.start(lower, Disk(disks / "upper", disks), _services())
+        node.start(lower, Disk(disks / "upper", disks), SERVICES)
 
     def boot(self, name: str) -> None:
         """Switch a node on again, with its disk as it was. Returns when it is ready."""
@@ -124,7 +124,7 @@ class Testbed:
     def wait_until_ready(self) -> None:
         """Return when every service of every node that is on is ready. :raises TestbedError:"""
         for node in self.nodes():
-            for service in _services() if node.init_pid is not None else []:
+            for service in SERVICES if node.init_pid is not None else []:
                 node.wait_for_service(service)
 
     def kill(self, name: str) -> None:
@@ -149,8 +149,3 @@ class Testbed:
         used = {Path(path) for state in states if state for path in [state.seed, *state.layers]}
         for kind in ("base", "deps", "builder", "product", "seed"):
             layers.prune(kind, 3, used)
-
-
-def _services() -> list[str]:
-    # Until it is written.
-    return SERVICES if (CHECKOUT / "agent/migd.py").exists() else ["ssh"]

@@ -14,7 +14,7 @@ from pathlib import Path
 from testbed import layers
 from testbed.errors import TestbedError
 from testbed.image import Image
-from testbed.instance import CHECKOUT, Instance
+from testbed.instance import Instance
 from testbed.node import Disk, Node
 
 NODES = Path(__file__).with_name("nodes")
@@ -100,10 +100,6 @@ def _product_config(node: Node, nodes: list[Node]) -> str:
 
 
 def _set_up_product(nodes: list[Node]) -> None:
-    if not (CHECKOUT / "migrate/admin.py").exists():
-        layers.say("there is no migctl yet: the nodes do not trust each other")
-        return
-
     def set_up(node: Node) -> None:
         node.wait_for_service("ssh")
         _in_node(node, ["migctl", "setup"])

@@ -16,6 +16,7 @@ import pytest
 import agent.bridge
 from agent.control_frame import MAX_PAYLOAD_BYTES
 from agent.peer_control import ControlConnection
+from agent.peer_dial import connect_tcp
 from agent.peer_errors import one_line
 from agent.peer_hello import (
     PROTOCOL,
@@ -242,6 +243,23 @@ def test_a_raw_connection_outlives_both_migds(tmp_path: Path) -> None:
     process.wait(5)
 
 
+def test_a_connection_that_breaks_in_use_is_not_one_never_made(tmp_path: Path) -> None:
+    async def run() -> None:
+        node = Node2(tmp_path)
+        async with closing(node.pool()) as pool:
+            async with serving(node):
+                raw = await pool.open(PEER)
+            await asyncio.wait_for(raw.ended.wait(), 5)
+            failure = raw.failure()
+            assert isinstance(failure, AnswerLost)
+            assert str(failure) == "host node2: the connection was lost"
+            with pytest.raises(PeerUnreachable, match="the connection was lost"):
+                raw.begin("bulk", "t")
+            raw.close()
+
+    asyncio.run(run())
+
+
 def test_the_spare_is_given_out_and_replaced(tmp_path: Path) -> None:
     async def run() -> None:
         async with serving(Node2(tmp_path)) as node, closing(node.pool()) as pool:
@@ -465,8 +483,9 @@ def test_a_bridge_without_two_streams_is_dropped(tmp_path: Path, fds: int | str)
         (255, "ssh: connect to host 10.0.0.2 port 22: Connection refused\n", "connection refused"),
         (255, "ssh: connect to host 10.0.0.2 port 22: Connection timed out\n", "timed out"),
         (255, "kex_exchange_identification: read: Connection reset\n", "Connection reset"),
-        (0, "", "the connection ended at once"),
-        (None, "", "the connection ended at once"),
+        (255, "ssh: Could not resolve hostname x: Name or service not known\n", "be resolved"),
+        (255, "", "its sshd ended the connection at once; after failed attempts"),
+        (None, "", "its sshd ended the connection at once"),
     ],
 )
 def test_what_ssh_prints_becomes_one_sentence(status: int | None, text: str, message: str) -> None:
@@ -794,6 +813,36 @@ def test_a_host_that_is_down_is_told(tmp_path: Path) -> None:
                 await control.request(b"", 5)
 
         asyncio.run(run())
+
+
+def test_a_name_that_does_not_resolve_is_told(tmp_path: Path) -> None:
+    def connect(peer: Host, seconds: float) -> socket.socket:
+        return connect_tcp(Host("node2", 2, "no such name"), seconds)
+
+    async def run() -> None:
+        control = ControlConnection(PEER, NODE1, connect=connect)
+        with pytest.raises(PeerUnreachable, match="cannot be resolved; correct its address"):
+            await control.request(b"", 5)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("closes", "message"), [(True, "ended the connection at once"), (False, "no answer within 0.3")]
+)
+def test_an_sshd_that_turns_us_away_is_not_one_that_is_silent(
+    wire: Wire, closes: bool, message: str
+) -> None:
+    async def script(control: ControlConnection) -> None:
+        with pytest.raises(PeerUnreachable, match=message):
+            await control.request(b"", 10)
+
+    ours, theirs = socket.socketpair()
+    wire.connect = lambda peer, seconds: ours  # type: ignore[method-assign]
+    with theirs:
+        if closes:
+            theirs.close()
+        talk(wire, script, serve=False, patience=Patience(connect_seconds=0.3))
 
 
 def test_without_its_key_this_host_is_to_blame(wire: Wire) -> None:

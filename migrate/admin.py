@@ -1,0 +1,120 @@
+"""`migctl`: what an administrator does with a host and its place in the cluster."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from migrate.errors import MigrateError, UserError
+
+EXIT_FAILURE = 125
+
+app = typer.Typer(
+    name="migctl",
+    help="Set up hosts for process migration and look after them.",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback()
+def _group() -> None:
+    """Set up hosts for process migration and look after them."""
+
+
+@app.command()
+def setup(
+    name: Annotated[str | None, typer.Option(help="This host's name (default: its own).")] = None,
+    host_id: Annotated[int | None, typer.Option("--id", help="Its number in the cluster.")] = None,
+    address: Annotated[str | None, typer.Option(help="Where other hosts reach it.")] = None,
+    port: Annotated[int | None, typer.Option(help="Its sshd's port (default: 22).")] = None,
+    remove: Annotated[bool, typer.Option("--remove", help="Undo all of it.")] = False,
+) -> None:
+    """Make what migd needs on this host: user, keys, configuration, service."""
+    from migrate.place import Place
+    from migrate.setup import Wishes, set_up
+    from migrate.setup import remove as take_away
+
+    _require_root("setup")
+    if remove:
+        take_away(Place())
+        return
+    host = set_up(Place(), Wishes(name, host_id, address, port))
+    _say(f"host {host.name} (id {host.id}) at {host.address} is set up")
+
+
+@app.command()
+def join(
+    host: Annotated[str, typer.Argument(help="The other host, as you reach it with ssh.")],
+    address: Annotated[
+        str | None, typer.Option(help="Where this host reaches it (default: as it says).")
+    ] = None,
+    host_id: Annotated[int | None, typer.Option("--id", help="Its number in the cluster.")] = None,
+    ssh_user: Annotated[str, typer.Option(help="Whom you log in as; must be root there.")] = "root",
+    port: Annotated[int | None, typer.Option(help="Its sshd's port.")] = None,
+    migctl: Annotated[Path | None, typer.Option(help="Where migctl is there.")] = None,
+) -> None:
+    """Let this host and another trust each other: exchange keys over your own ssh access."""
+    from migrate.join import REMOTE_MIGCTL, Target
+    from migrate.join import join as join_with
+    from migrate.place import Place
+
+    _require_root("join")
+    target = Target(host, ssh_user, port, address, host_id, migctl or REMOTE_MIGCTL)
+    joined = join_with(Place(), target)
+    _say(f"joined {joined.name} (id {joined.id}) at {joined.address}")
+
+
+@app.command("accept-join", hidden=True)
+def accept_join() -> None:
+    """The other side of `join`: reads a request on stdin, answers on stdout."""
+    from migrate.join import ANSWER_LIMIT_BYTES, accept
+    from migrate.place import Place
+
+    _require_root("accept-join")
+    question = sys.stdin.buffer.read(ANSWER_LIMIT_BYTES + 1)
+    sys.stdout.buffer.write(accept(Place(), question) + b"\n")
+
+
+def main() -> None:
+    """The console script: own failures are one line on stderr and exit status 125."""
+    try:
+        arguments = sys.argv[1:] or ["--help"]
+        status = app(arguments, prog_name="migctl", standalone_mode=False)
+    except MigrateError as error:
+        _fail(str(error))
+    except (KeyboardInterrupt, typer.Abort):
+        sys.exit(130)
+    except BrokenPipeError:
+        # Whoever read our output has seen enough; Python would complain at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(EXIT_FAILURE)
+    except Exception as error:
+        # A wrong command line: typer's errors have no public class of their own in all versions.
+        if (explain := getattr(error, "format_message", None)) is not None:
+            _fail(f"{explain().rstrip('.')}; see `migctl --help`")
+        if os.environ.get("MIGRATE_TRACEBACK"):
+            raise
+        _fail(f"internal error: {type(error).__name__}: {error}")
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _fail(reason: str) -> None:
+    sys.stderr.write(f"migctl: {reason}\n")
+    sys.exit(EXIT_FAILURE)
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(f"{line}\n")
+
+
+def _require_root(command: str) -> None:
+    if os.geteuid() != 0:
+        raise UserError(command, "only root may do this", f"sudo migctl {command}")
+
+
+if __name__ == "__main__":
+    main()
