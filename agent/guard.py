@@ -363,7 +363,8 @@ class Guard:
         """The frozen original becomes the deputy, in the cgroup where the original was."""
         assert self._start is not None and tree.tree is not None
         owner = self._start.offer.owner
-        DEPUTIES_DIR.mkdir(mode=0o711, exist_ok=True)
+        DEPUTIES_DIR.mkdir(exist_ok=True)
+        DEPUTIES_DIR.chmod(0o711)
         socket_path = DEPUTIES_DIR / self._guest
         self._listener = DeputyListener(socket_path, tree.pid, owner.uid, owner.gid)
         self._reactor.register(self._listener.fileno(), READ, lambda _: self._deputy_knocks())
@@ -499,6 +500,8 @@ class Guard:
             self._finished = True
 
     def _cut(self, reason: PeerError) -> None:
+        if self._exit_code is not None:
+            return
         log.warning("%s: lifeline: %s", self._guest, reason)
         self._say(NeedLifeline(self._where))
 
