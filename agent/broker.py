@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import pwd
 import secrets
+import socket
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -16,14 +18,16 @@ import msgspec
 from agent import peer_messages
 from agent.agents import Agent, Agents, clean_up
 from agent.cgroups import Cgroup, guest_path
-from agent.guard import put_back
+from agent.fresh_tree import put_back
 from agent.hosting import cpu_features, judge
 from agent.journal import Entry, Journal, Side, State
 from agent.link import (
     Attach,
     Departed,
+    DropNext,
     EndGuest,
     Failed,
+    GuestLost,
     NeedLifeline,
     Offer,
     Owner,
@@ -33,10 +37,11 @@ from agent.link import (
     TreeIds,
     Verdict,
 )
-from agent.peers import IncomingConnection, Peers, RawConnection
+from agent.peers import AnswerLost, IncomingConnection, Peers, RawConnection
 from agent.selection import choose_host
-from criu_hooks.preflight import Report, check
-from criu_hooks.proc import boot_id
+from criu_hooks.namespaces import Namespaces
+from criu_hooks.preflight import Report, check, examine
+from criu_hooks.proc import boot_id, pid_starttime
 from criu_hooks.tree import ProcessTree
 from migrate import messages, paths
 from migrate.config import Config, Host
@@ -45,6 +50,7 @@ from migrate.errors import HostError, MigrateError, PeerError, UserError
 log = logging.getLogger(__name__)
 
 OFFER_SECONDS = 20.0
+HOP_SECONDS = 3600.0
 RETRY_SECONDS = 1.0
 SYSTEM_DIRECTORIES = (
     "/usr",
@@ -141,6 +147,9 @@ class Broker:
             raise UserError(f"pid {pid}", "is being moved already", "wait for that to end")
         self._moving.add(pid)
         try:
+            entry = self._deputy(pid)
+            if entry is not None:
+                return await self._move_on(request, entry, caller_uid)
             report = await asyncio.to_thread(self._preflight, pid, caller_uid, caller_pid)
             if report.obstacles or report.tree is None:
                 return messages.Refused(
@@ -157,6 +166,166 @@ class Broker:
             )
         finally:
             self._moving.discard(pid)
+
+    # ------------------------------------------------------------------ guests that move on
+
+    def _deputy(self, pid: int) -> Entry | None:
+        """The migration that made this process a deputy, if it is one and still the same process."""
+        entry = self._journal.deputy(pid)
+        if entry is None:
+            return None
+        try:
+            same = pid_starttime(pid) == entry.starttime_ticks
+        except (OSError, MigrateError):
+            same = False
+        return entry if same else None
+
+    async def _move_on(
+        self, request: messages.Move, entry: Entry, caller_uid: int
+    ) -> messages.Reply:
+        if caller_uid not in (0, entry.uid):
+            raise UserError(
+                f"pid {entry.pid}", f"belongs to {entry.user}", "only its owner or root moves it"
+            )
+        if self.agents.find("guard", entry.guest) is None:
+            raise HostError(f"pid {entry.pid}", "its guard was killed", "it can only be ended")
+        if request.check_only:
+            return messages.Checked(entry.pid)
+        if request.host:
+            host = self._config.host_named(request.host)
+        elif request.host_id:
+            host = self._config.host_with_id(request.host_id)
+        else:
+            host = await choose_host(self._config, self._peers, frozenset({entry.peer}))
+        if host.name == entry.peer:
+            raise UserError(
+                f"pid {entry.pid}", f"runs on {host.name} already", "name another host"
+            )
+        try:
+            moved = await self._ask_for_hop(entry, host)
+        except AnswerLost:
+            raise
+        except MigrateError:
+            guard = self.agents.find("guard", entry.guest)
+            if guard is not None:
+                guard.link.send(DropNext(host.name))
+            raise
+        self._journal.relocate(entry.transaction, host.name, "")
+        return messages.Moved(entry.pid, host.name, moved.frozen_ms, moved.sent_bytes)
+
+    async def _ask_for_hop(self, entry: Entry, host: Host) -> peer_messages.GuestMoved:
+        if entry.peer == self._config.name:
+            return await self._hop(entry.guest, host)
+        question = peer_messages.encode(peer_messages.MoveGuest(entry.guest, host.name))
+        control = self._peers.control(self._config.host_named(entry.peer))
+        answer = peer_messages.decode_answer(await control.request(question, HOP_SECONDS))
+        if not isinstance(answer, peer_messages.GuestMoved):
+            raise PeerError(f"host {entry.peer}", "it answers with something else")
+        return answer
+
+    async def _hop(self, guest: str, host: Host) -> peer_messages.GuestMoved:
+        """Send a guest of this host on to another, or home."""
+        keeper = self.agents.find("keeper", guest)
+        if keeper is None or keeper.offer is None:
+            raise HostError(f"guest {guest}", "is not here any more", "look with `migctl ps`")
+        here = self._config.name
+        if host.name == here:
+            raise UserError(f"guest {guest}", f"runs on {here} already")
+        tree = await asyncio.to_thread(self._preflight_guest, keeper.offer)
+        offer = msgspec.structs.replace(
+            keeper.offer,
+            transaction=secrets.token_hex(6),
+            source=here,
+            epoch=keeper.offer.epoch + 1,
+            memory_bytes=sum(p.status.dump_bytes for p in tree.members),
+            cpu_features=cpu_features(),
+        )
+        question = peer_messages.encode(peer_messages.MakeOffer(offer))
+        bulk_task = asyncio.create_task(self._peers.raw.take(host))
+        try:
+            control = self._peers.control(host)
+            answer = peer_messages.decode_answer(await control.request(question, OFFER_SECONDS))
+            if not isinstance(answer, peer_messages.Accepted):
+                raise PeerError(f"host {host.name}", "it answers an offer with something else")
+            bulk = await bulk_task
+            bulk.begin("bulk", guest)
+            await self._have_home_connect(offer, host)
+            start = StartDeparture(
+                offer=offer,
+                destination=host.name,
+                destination_boot_id=answer.boot_id,
+                starttime_ticks=0,
+                host_pid=offer.ids.pid,
+                ghost_limit_bytes=self._config.ghost_limit_bytes,
+                lost_seconds=self._config.lost_seconds,
+            )
+            queue: asyncio.Queue[Packet] = asyncio.Queue()
+            keeper.waiting.append(queue)
+            try:
+                keeper.link.send(start, (bulk.fd_in, bulk.fd_out))
+                bulk.detach()
+                departed = await self._follow(keeper, queue, _tell_nobody)
+            finally:
+                keeper.waiting.remove(queue)
+        finally:
+            if not bulk_task.done():
+                bulk_task.cancel()
+            elif not bulk_task.cancelled() and bulk_task.exception() is None:
+                bulk_task.result().close()
+        return peer_messages.GuestMoved(departed.frozen_ms, departed.sent_bytes)
+
+    def _preflight_guest(self, offer: Offer) -> ProcessTree:
+        pid = _host_pid(offer)
+        tree = ProcessTree.capture(pid)
+        obstacles = examine(
+            tree,
+            offer.owner.uid,
+            expected_namespaces=Namespaces.of(pid),
+            in_view=self._in_view,
+            ghost_limit_bytes=self._config.ghost_limit_bytes,
+            link_remap=True,
+        )
+        if obstacles:
+            raise obstacles[0].error()
+        return tree
+
+    async def _have_home_connect(self, offer: Offer, host: Host) -> None:
+        if offer.home == self._config.name:
+            await self._connect_guest(offer.guest, host.name)
+            return
+        home = self._peers.control(self._config.host_named(offer.home))
+        question = peer_messages.encode(peer_messages.ConnectGuest(offer.guest, host.name))
+        await home.request(question, OFFER_SECONDS)
+
+    async def _connect_guest(self, guest: str, name: str) -> None:
+        """Connect the guard here with the keeper that waits for the guest on host `name`."""
+        guard = self.agents.find("guard", guest)
+        if guard is None:
+            raise HostError(f"guest {guest}", "has no guard at home any more")
+        fds = await self._lifeline_fds(guest, name)
+        guard.link.send(Attach("next", name), fds)
+        for fd in fds:
+            os.close(fd)
+
+    async def _lifeline_fds(self, guest: str, name: str) -> tuple[int, int]:
+        """A fresh connection with a guest's keeper, which may be here; the caller owns both ends."""
+        if name != self._config.name:
+            connection = await self._peers.raw.take(self._config.host_named(name))
+            try:
+                connection.begin("lifeline", guest)
+                return os.dup(connection.fd_in), os.dup(connection.fd_out)
+            finally:
+                connection.detach()
+        keeper = self.agents.find("keeper", guest)
+        if keeper is None:
+            raise HostError(f"guest {guest}", "is not here any more")
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            ends = (theirs.fileno(), os.dup(theirs.fileno()), os.dup(theirs.fileno()))
+            keeper.link.send(Attach("lifeline", name), ends)
+            for fd in ends[1:]:
+                os.close(fd)
+            return os.dup(ours.fileno()), os.dup(ours.fileno())
 
     def _preflight(self, pid: int, caller_uid: int, caller_pid: int) -> Report:
         return check(
@@ -352,18 +521,32 @@ class Broker:
 
     async def _connect_lifeline(self, agent: Agent, name: str) -> None:
         """A guard has lost its lifeline: again and again until it is back or the guard is gone."""
-        host = self._config.host_named(name)
+        deadline = time.monotonic() + self._config.lost_seconds
         while self.agents.find(agent.role, agent.guest) is agent:
             try:
-                connection = await self._peers.raw.take(host)
-                connection.begin("lifeline", agent.guest)
+                if not await self._is_there(agent.guest, name):
+                    agent.link.send(GuestLost(f"host {name} does not have it any more"))
+                    return
+                fds = await self._lifeline_fds(agent.guest, name)
             except MigrateError as error:
                 log.info("%s: no lifeline yet: %s", agent.guest, error)
+                if time.monotonic() > deadline:
+                    agent.link.send(GuestLost(f"host {name} is silent"))
+                    return
                 await asyncio.sleep(RETRY_SECONDS)
                 continue
-            agent.link.send(Attach("lifeline", name), (connection.fd_in, connection.fd_out))
-            connection.detach()
+            agent.link.send(Attach("lifeline", name), fds)
+            for fd in fds:
+                os.close(fd)
             return
+
+    async def _is_there(self, guest: str, name: str) -> bool:
+        if name == self._config.name:
+            return self.agents.find("keeper", guest) is not None
+        question = peer_messages.encode(peer_messages.AskGuest(guest))
+        control = self._peers.control(self._config.host_named(name))
+        answer = peer_messages.decode_answer(await control.request(question, OFFER_SECONDS))
+        return isinstance(answer, peer_messages.GuestIs) and answer.present
 
     async def _settle(self, entry: Entry) -> None:
         """In doubt: ask the destination for its record until it answers."""
@@ -434,6 +617,28 @@ class Broker:
                 entry = self._journal.find(transaction, Side.DESTINATION)
                 state = entry.state if entry is not None and entry.peer == peer else ""
                 return peer_messages.encode(peer_messages.OutcomeIs(str(state), self._boot_id))
+            case peer_messages.AskGuest(guest):
+                keeper = self.agents.find("keeper", guest)
+                mine = keeper is not None and keeper.offer is not None and keeper.offer.home == peer
+                return peer_messages.encode(peer_messages.GuestIs(mine))
+            case peer_messages.MoveGuest(guest, destination):
+                keeper = self.agents.find("keeper", guest)
+                if keeper is None or keeper.offer is None or keeper.offer.home != peer:
+                    raise PeerError(f"guest {guest}", "is not here", "look with `migctl ps`")
+                return peer_messages.encode(
+                    await self._hop(guest, self._config.host_named(destination))
+                )
+            case peer_messages.ConnectGuest(guest, host):
+                where = [
+                    e.peer
+                    for e in self._journal.in_state(State.RESUMED)
+                    if e.guest == guest and e.side is Side.SOURCE and e.origin_cgroup
+                ]
+                if where != [peer]:
+                    raise PeerError(f"guest {guest}", f"does not run on {peer}")
+                self._config.host_named(host)
+                await self._connect_guest(guest, host)
+                return peer_messages.encode(peer_messages.Connected())
             case _:
                 raise PeerError("question", "is not answered here", "use the same version")
 
@@ -497,6 +702,8 @@ class Broker:
         ):
             if caller_uid not in (0, entry.uid) or entry.boot_id != self._boot_id:
                 continue
+            if entry.side is Side.SOURCE and not entry.origin_cgroup:
+                continue  # a hop: its home lists it
             where = entry.peer if entry.side is Side.SOURCE else self._config.name
             state = {
                 State.BEGUN: "leaving",
@@ -537,3 +744,17 @@ class Broker:
         keeper = self.agents.find("keeper", guest)
         if keeper is not None:
             keeper.link.send(EndGuest(reason))
+
+
+def _host_pid(offer: Offer) -> int:
+    """The pid on this host of the root of a guest that runs here."""
+    for pid in Cgroup(guest_path("keeper", offer.guest, "tree")).pids():
+        with contextlib.suppress(OSError):
+            for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+                if line.startswith("NSpid:") and int(line.split()[-1]) == offer.ids.pid:
+                    return pid
+    raise HostError(f"guest {offer.guest}", "is not here any more", "look with `migctl ps`")
+
+
+async def _tell_nobody(progress: messages.Progress) -> None:
+    """Progress of a hop is not passed on yet."""

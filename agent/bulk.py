@@ -1,7 +1,7 @@
 """The bulk connection of one transaction: images and pages one way, the commit protocol both ways.
 
-Frames: kind (u8), length (u32, big endian), payload. Kinds: a message (msgpack), a piece of the page stream, a
-small image file (u8 length of the name, name, contents).
+Frames: kind (u8), length (u32, big endian), payload. Kinds: a message (msgpack), a piece of the
+page stream, a small image file (u8 length of the name, name, contents).
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Bulk:
         self._write(_HEADER.pack(IMAGE, len(head) + len(contents)) + head + contents)
 
     def receive(self, patience_seconds: float | None = None) -> tuple[int, bytearray]:
-        """The next frame. Raises PeerError when the peer is silent, gone, or breaks the protocol."""
+        """The next frame. Raises PeerError: the peer is silent, gone, or breaks the protocol."""
         head = self._take(_HEADER.size, patience_seconds)
         kind, length = _HEADER.unpack(head)
         if length > MAX_FRAME or kind not in (MESSAGE, PAGES, IMAGE):

@@ -1,7 +1,7 @@
 """The capsule: the namespaces that a guest lives in.
 
-The pid namespace gives it its old pid whatever is taken outside; the mount namespace shows home's files where a
-user expects them; uts shows home's host name; ipc keeps its System V objects apart.
+The pid namespace gives it its old pid whatever is taken outside; the mount namespace shows home's
+files where a user expects them; uts shows home's host name; ipc keeps its System V objects apart.
 """
 
 from __future__ import annotations

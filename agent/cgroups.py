@@ -1,7 +1,7 @@
 """Control groups, version 2: how trees are frozen, thawed and killed as a whole.
 
-The files are described in the kernel's Documentation/admin-guide/cgroup-v2.rst. None of this needs a
-controller, so a hierarchy without any (beside version 1) serves as well.
+The files are described in the kernel's Documentation/admin-guide/cgroup-v2.rst. None of this needs
+a controller, so a hierarchy without any (beside version 1) serves as well.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Cgroup:
             directory.chmod(0o755)
 
     def remove(self) -> None:
-        """Remove it, if it is empty; it may be gone already. Raises OSError (EBUSY) if it is not."""
+        """Remove it, if empty; it may be gone already. Raises OSError (EBUSY): it is not empty."""
         with contextlib.suppress(FileNotFoundError):
             self.path.rmdir()
 
@@ -115,11 +115,7 @@ class Cgroup:
 
     def _wait(self, name: str, wanted: bool, seconds: float) -> bool:
         deadline = time.monotonic() + seconds
-        try:
-            file = open(self.path / "cgroup.events")
-        except FileNotFoundError:
-            return not wanted
-        with file:
+        with contextlib.suppress(FileNotFoundError), (self.path / "cgroup.events").open() as file:
             poll = select.poll()
             poll.register(file, select.POLLPRI)
             while True:
@@ -130,6 +126,7 @@ class Cgroup:
                 if left <= 0:
                     return False
                 poll.poll(left * 1000)
+        return not wanted
 
     def _event(self, name: str) -> bool:
         try:
@@ -146,12 +143,19 @@ class Cgroup:
 
 
 def dissolve(role: str, guest: str) -> None:
-    """Kill and remove the cgroups of a guard or keeper, with everything in them."""
+    """Remove the cgroups of a guard or keeper, killing what is in them.
+
+    Only a guest is ever killed here, never a tree at home: that is moved out before, or stays.
+    """
     base = hierarchy() / SLICE / f"{role}-{guest}"
     if not base.is_dir():
         return
     for child in [p for p in base.iterdir() if p.is_dir()]:
         cgroup = Cgroup(child)
+        if role == "guard" and child.name == "tree":
+            with contextlib.suppress(OSError):
+                cgroup.remove()
+            continue
         cgroup.kill()
         cgroup.thaw()
         cgroup.wait_empty(5)
@@ -163,3 +167,9 @@ def dissolve(role: str, guest: str) -> None:
             cgroup.remove()
     with contextlib.suppress(OSError):
         base.rmdir()
+
+
+def leave_cgroup() -> None:
+    """Move this process out of the guest's cgroups, which are about to be removed."""
+    with contextlib.suppress(OSError):
+        Cgroup(hierarchy()).add(os.getpid())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import socket
 import struct
 from collections import Counter
@@ -40,7 +39,7 @@ class ClientServer:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         sock.bind(str(self._path))
         # Every user may ask; what is granted depends on who asks.
-        os.chmod(self._path, 0o666)
+        self._path.chmod(0o666)
         self._server = await asyncio.start_unix_server(self._serve, sock=sock)
 
     def close(self) -> None:

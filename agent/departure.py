@@ -20,6 +20,7 @@ from agent.cgroups import Cgroup
 from agent.journal import Journal, Side, State
 from agent.link import Aborted, Commit, Dumped, Prepared, Ready, Resumed, StartDeparture
 from agent.reactor import READ, Reactor
+from agent.waiting import wait_frozen
 from criu_hooks.calls import CriuCall, Done, DumpRequest, Event, spawn_swrk
 from criu_hooks.pages import PageSource
 from migrate.errors import CriuError, HostError, MigrateError, PeerError
@@ -104,7 +105,7 @@ class Departure:
             self._freeze_and_dump(call, images)
             self._expect(Ready, self._patience)
             self._progress("ready", self._bulk.sent_bytes)
-            if not self._original.cgroup.wait_frozen(self._patience):
+            if not wait_frozen(self._reactor, self._original.cgroup, self._patience):
                 raise HostError("cgroup", "the tree did not stay frozen")
         except BaseException as error:
             self._journal.move(
@@ -159,7 +160,7 @@ class Departure:
                 criu = spawn_swrk(call.criu_end, [theirs.fileno()], self._original.enter)
                 self._frozen_at = time.monotonic()
                 self._original.cgroup.freeze()
-                if not self._original.cgroup.wait_frozen(self._patience):
+                if not wait_frozen(self._reactor, self._original.cgroup, self._patience):
                     raise HostError("cgroup", "the tree does not freeze", "try again")
                 # Before criu holds it: a traced tree would not look as it is.
                 described = self._original.describe()

@@ -1,15 +1,13 @@
 """The guard: one root process per guest at home, ``python -m agent.guard GUEST`` with migd's link as stdin.
 
-First it is the source of the first migration: it freezes the process, has CRIU dump it, and commits. Then the
-frozen original becomes the deputy, and the guard stays as home's end of the lifeline: it holds the process's
-pipes, serves the home view, and passes signals, stops and the end between deputy and keeper.
+First it is the source of the first migration: it freezes the process, has CRIU dump it, and commits.
+Then the frozen original becomes the deputy, and the guard stays as home's end of the lifeline: it holds
+the process's pipes, serves the home view, and passes signals, stops and the end between deputy and keeper.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import logging
 import os
 import shutil
@@ -17,13 +15,11 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from agent import guestwords
 from agent.bulk import Bulk
-from agent.cgroups import Cgroup, dissolve, guest_path, of_process
+from agent.cgroups import Cgroup, dissolve, guest_path, leave_cgroup
 from agent.departure import Departure, InDoubt, Outcome, failure_words
 from agent.deputy_link import (
     Broken,
@@ -35,154 +31,38 @@ from agent.deputy_link import (
     process_state,
 )
 from agent.endpoints import End, FdSink, PeekSource
-from agent.identity import take_identity
+from agent.fresh_tree import FreshTree, put_back
+from agent.home_line import HomeLine
 from agent.injection import DeputyProgram, MuteDeputy, become_deputy
 from agent.journal import Entry, Journal, Side, State
-from agent.lifeline import Lifeline
 from agent.link import (
     Attach,
     Departed,
-    Dumped,
+    DropNext,
     Ended,
     Failed,
+    GuestLost,
     Link,
     NeedLifeline,
     Progress,
     StartDeparture,
-    StreamPipe,
     Verdict,
+    in_doubt,
     listen,
+    take_stdin,
 )
 from agent.reactor import READ, Reactor
-from agent.syscalls import pidfd_getfd
-from agent.view_server import ViewServer
 from criu_hooks.calls import CriuCall
-from criu_hooks.fds import FileKind
-from criu_hooks.preflight import examine
-from criu_hooks.proc import boot_id, pid_starttime
-from criu_hooks.tree import ProcessTree
+from criu_hooks.proc import boot_id
 from migrate import paths
-from migrate.errors import MigrateError, PeerError, UserError
+from migrate.errors import MigrateError, PeerError
 
 log = logging.getLogger(__name__)
 
 STATE_POLL_SECONDS = 0.2
-"""A deputy that is stopped by SIGSTOP cannot say so, and the kernel tells only its parent: so we look."""
+"""SIGSTOP on the deputy is told to nobody but its parent: so we look."""
 DEPUTIES_DIR = paths.RUN_DIR / "deputies"
-IN_USE_ERRORS = (errno.EBUSY, errno.ENOTEMPTY)
-
-
-@dataclass
-class _HomeFile:
-    """A regular file on stdio: home shares the description, so the deputy's side keeps its offset."""
-
-    number: int
-    fd: int
-
-
-class FreshTree:
-    """The original of a first migration: a process tree of this host."""
-
-    def __init__(self, start: StartDeparture, on_streams: Callable[[list[int]], None]) -> None:
-        """
-        :param on_streams: gets the streams that the keeper will use, before it may use them.
-        """
-        self.pid = start.host_pid
-        self._on_streams = on_streams
-        self._start = start
-        self._owner = start.offer.owner
-        self.shell_job = start.offer.ids.sid != self.pid
-        self.cgroup = Cgroup(guest_path("guard", start.offer.guest, "tree"))
-        self.origin = of_process(self.pid)
-        self.pidfd = os.pidfd_open(self.pid)
-        if pid_starttime(self.pid) != start.starttime_ticks:
-            raise UserError(f"pid {self.pid}", "is another process by now", "look it up with ps")
-        self.tree: ProcessTree | None = None
-        self.pipes: dict[int, int] = {}
-        """stream → our copy of home's descriptor"""
-        self.files: list[_HomeFile] = []
-        self.pipe_list: tuple[StreamPipe, ...] = ()
-        self.stdio: dict[int, list[int]] = {}
-        """stream → the root's descriptors, of those that the deputy keeps"""
-        self.pending: list[int] = []
-
-    def gather(self) -> None:
-        self.cgroup.create()
-        known: set[int] = set()
-        while True:
-            members = [p.pid for p in ProcessTree.capture(self.pid).members]
-            if not set(members) - known:
-                return
-            for pid in members:
-                with contextlib.suppress(ProcessLookupError):
-                    self.cgroup.add(pid)
-            known.update(members)
-
-    def enter(self) -> None:
-        take_identity(self._owner.uid, self._owner.gid)
-
-    def describe(self) -> Dumped:
-        tree = ProcessTree.capture(self.pid)
-        if tree.root.starttime_ticks != self._start.starttime_ticks:
-            raise UserError(f"pid {self.pid}", "is another process by now")
-        self.tree = tree
-        obstacles = examine(
-            tree, self._owner.uid, ghost_limit_bytes=self._start.ghost_limit_bytes, link_remap=True
-        )
-        if obstacles:
-            raise obstacles[0].error()
-        self.pending = pending_signals(self.pid)
-        self._copy_descriptors(tree)
-        return Dumped(pipes=self.pipe_list, files=tuple(file.number for file in self.files))
-
-    def _copy_descriptors(self, tree: ProcessTree) -> None:
-        listed: list[StreamPipe] = []
-        for stream, pipe in enumerate(tree.external_pipes(), guestwords.FIRST_PIPE_STREAM):
-            if pipe.direction == "both":
-                raise UserError(
-                    f"pid {self.pid}", f"it holds both ends of {pipe.key}, as does somebody else"
-                )
-            end = pipe.ends[0]
-            pidfd = os.pidfd_open(end.pid)
-            try:
-                fd = pidfd_getfd(pidfd, end.fd)
-            finally:
-                os.close(pidfd)
-            self.pipes[stream] = fd
-            for held in pipe.ends:
-                if held.pid == self.pid and held.fd <= 2:
-                    self.stdio.setdefault(stream, []).append(held.fd)
-            size = fcntl.fcntl(fd, fcntl.F_GETPIPE_SZ)
-            listed.append(StreamPipe(stream, pipe.key, pipe.direction == "out", size))
-        self.pipe_list = tuple(listed)
-        self._on_streams([pipe.stream for pipe in listed])
-        for file in tree.root.files:
-            if file.fd <= 2 and file.kind is FileKind.REGULAR:
-                self.files.append(_HomeFile(file.fd, pidfd_getfd(self.pidfd, file.fd)))
-
-    def put_back(self) -> None:
-        """Undo: everything runs in the cgroup it came from."""
-        for fd in (*self.pipes.values(), *(file.fd for file in self.files)):
-            os.close(fd)
-        self.pipes.clear()
-        self.files.clear()
-        put_back(self.cgroup, self.origin)
-
-
-def put_back(cgroup: Cgroup, origin: Path) -> None:
-    """Move everything back to the cgroup it came from, and let it run. No error if that is gone."""
-    cgroup.thaw()
-    while pids := cgroup.pids():
-        for pid in pids:
-            try:
-                Cgroup(origin).add(pid)
-            except ProcessLookupError:
-                continue
-            except OSError:
-                return  # its cgroup is gone; it may stay where it is
-    with contextlib.suppress(OSError):
-        cgroup.remove()
-        cgroup.path.parent.rmdir()
+LOST_EXIT_CODE = -signal.SIGKILL
 
 
 class Guard:
@@ -193,40 +73,42 @@ class Guard:
         self._links: list[Link] = [link]
         self._reactor = Reactor()
         self._journal = Journal()
-        self._lifeline: Lifeline | None = None
-        self._view: ViewServer | None = None
-        self._deputy: DeputyLink | None = None
-        self._listener: DeputyListener | None = None
-        self._mute: MuteDeputy | None = None
+        self._directory = paths.GUESTS_DIR / f"guard-{guest}"
+        self._line: HomeLine | None = None
+        self._next: HomeLine | None = None
         self._start: StartDeparture | None = None
         self._tree: FreshTree | None = None
-        self._exit_code: int | None = None
+        self._listener: DeputyListener | None = None
+        self._deputy: DeputyLink | None = None
+        self._mute: MuteDeputy | None = None
+        self._deputy_dead = False
         self._deputy_stopped = False
         self._guest_stopped = 0
-        self._verdict: bool | None = None
-        self._where = ""
-        self._finished = False
-        self._deputy_dead = False
         self._closed_fds: set[int] = set()
-        self._directory = paths.GUESTS_DIR / f"guard-{guest}"
         self._sinks: list[FdSink] = []
         self._sources: list[PeekSource] = []
+        self._verdict: bool | None = None
+        self._exit_code: int | None = None
+        self._finished = False
 
     def run(self) -> None:
         """Everything, in order."""
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        own = Cgroup(guest_path("guard", self._guest, "own"))
+        own.create()
+        own.add(os.getpid())
         try:
             with listen(self._directory / "guard.sock") as server:
                 self._reactor.register(server.fileno(), READ, lambda _: self._accept(server))
                 first = self._links[0].receive()
                 if first is None or not isinstance(first[0], StartDeparture):
                     return
-                self._reactor.register(
-                    self._links[0].fileno(), READ, lambda _: self._packet(self._links[0])
-                )
+                link = self._links[0]
+                self._reactor.register(link.fileno(), READ, lambda _: self._packet(link))
                 if self._depart(first[0], first[1]):
                     while not self._finished:
                         self._reactor.turn()
+                self._reactor.unregister(server.fileno())
         finally:
             self._give_back()
 
@@ -235,22 +117,14 @@ class Guard:
     def _depart(self, start: StartDeparture, fds: list[int]) -> bool:
         self._start = start
         offer = start.offer
-        self._where = start.destination
         bulk = Bulk(self._reactor, start.destination, fds[0], fds[1], offer.freeze_limit_seconds)
+        images = self._directory / "dump"
         try:
             with CriuCall() as call:
                 tree = self._tree = FreshTree(start, self._open_streams)
                 self._journal.record(self._entry(start, tree))
-                self._lifeline = Lifeline(
-                    self._reactor,
-                    self._guest,
-                    leads=False,
-                    on_message=self._heard,
-                    on_down=self._cut,
-                )
-                self._view = ViewServer(self._reactor, self._lifeline, offer.owner)
-                self._lifeline.attach(fds[2], fds[3])
-                images = self._directory / "dump"
+                self._line = self._connect(start.destination)
+                self._line.lifeline.attach(fds[2], fds[3])
                 images.mkdir(mode=0o700)
                 departure = Departure(self._reactor, self._journal, bulk, start, tree, self._tell)
                 try:
@@ -267,7 +141,7 @@ class Guard:
             return False
         finally:
             bulk.close()
-            shutil.rmtree(self._directory / "dump", ignore_errors=True)
+            shutil.rmtree(images, ignore_errors=True)
         self._connect_streams(tree)
         self._say(
             Departed(
@@ -279,6 +153,19 @@ class Guard:
         )
         self._stand_deputy(tree)
         return True
+
+    def _connect(self, host: str) -> HomeLine:
+        assert self._start is not None
+        offer = self._start.offer
+        return HomeLine(
+            self._reactor,
+            self._guest,
+            host,
+            offer.owner,
+            serve_view=host != offer.home,
+            on_word=self._heard,
+            on_down=self._cut,
+        )
 
     def _entry(self, start: StartDeparture, tree: FreshTree) -> Entry:
         offer = start.offer
@@ -306,19 +193,13 @@ class Guard:
         assert self._start is not None
         offer = self._start.offer
         log.warning("%s: in doubt: %s", offer.transaction, doubt)
-        self._say(
-            Failed(
-                offer.transaction,
-                f"host {self._start.destination}",
-                f"committed, but it has not confirmed ({doubt}); the process waits frozen",
-                "it is settled when the host answers, or by `migctl recover`",
-                in_doubt=True,
-            )
-        )
+        self._say(in_doubt(self._start, doubt))
         while self._verdict is None:
             self._reactor.turn()
         if self._verdict:
-            self._journal.move(offer.transaction, Side.SOURCE, State.RESUMED, after=State.COMMITTED)
+            self._journal.move(
+                offer.transaction, Side.SOURCE, State.RESUMED, after=State.COMMITTED
+            )
             return Outcome(0.0, 0)
         self._journal.move(
             offer.transaction,
@@ -330,17 +211,17 @@ class Guard:
         tree.put_back()
         raise PeerError(f"host {self._start.destination}", "gave the migration up")
 
-    # ------------------------------------------------------------------ streams and deputy
+    # ------------------------------------------------------------------ streams
 
     def _open_streams(self, numbers: list[int]) -> None:
-        assert self._lifeline is not None
+        assert self._line is not None
         for number in numbers:
-            self._lifeline.open(number)
+            self._line.lifeline.open(number)
 
     def _connect_streams(self, tree: FreshTree) -> None:
-        assert self._lifeline is not None
+        assert self._line is not None
         for pipe in tree.pipe_list:
-            stream = self._lifeline.open(pipe.stream)
+            stream = self._line.lifeline.open(pipe.stream)
             fd = tree.pipes.pop(pipe.stream)
             kept = tree.stdio.get(pipe.stream, [])
 
@@ -358,6 +239,8 @@ class Guard:
         if self._deputy is not None:
             for fd in fds:
                 self._deputy.close_descriptor(fd)
+
+    # ------------------------------------------------------------------ the deputy
 
     def _stand_deputy(self, tree: FreshTree) -> None:
         """The frozen original becomes the deputy, in the cgroup where the original was."""
@@ -379,7 +262,7 @@ class Guard:
                 thaw=tree.cgroup.thaw,
                 program=DeputyProgram(Path(os.path.realpath(sys.executable)), script, socket_path),
                 members=members,
-                keep_fds=sorted({0, 1, 2} | {f.number for f in tree.files}),
+                keep_fds=(0, 1, 2),
                 imaged_signals=tree.pending,
             )
         except MigrateError as error:
@@ -387,17 +270,16 @@ class Guard:
             if process_state(tree.pid) not in (None, "Z"):
                 raise
             self._to_keeper(guestwords.Kill())  # killed while it was frozen
-            put_back(tree.cgroup, tree.origin)
             self._deputy_dead = True
             return
         finally:
             for pidfd in members:
                 os.close(pidfd)
+            put_back(tree.cgroup, tree.origin)
         if isinstance(deputy, MuteDeputy):
             self._mute = deputy
             log.warning("%s: mute deputy: %s", self._guest, deputy.reason)
         self._deputy_stopped = deputy.stopped
-        put_back(tree.cgroup, tree.origin)
         self._reactor.watch_pid(tree.pid, self._deputy_ended)
         self._watch_state()
 
@@ -406,8 +288,7 @@ class Guard:
         link = self._listener.accept()
         if link is None:
             return
-        if self._deputy is not None:
-            self._drop_deputy()
+        self._drop_deputy()
         self._deputy = link
         self._reactor.register(link.fileno(), READ, lambda _: self._deputy_says())
 
@@ -450,18 +331,40 @@ class Guard:
         """By our word, or killed: then its guest is killed as well."""
         if self._exit_code is None:
             log.info("%s: the deputy was killed", self._guest)
+            self._deputy_dead = True
             self._to_keeper(guestwords.Kill())
         else:
             self._finished = True
 
-    # ------------------------------------------------------------------ the keeper
+    def _end_deputy(self, exit_code: int) -> None:
+        assert self._tree is not None and self._start is not None
+        self._exit_code = exit_code
+        self._journal.move(
+            self._start.offer.transaction, Side.SOURCE, State.ENDED, after=State.RESUMED
+        )
+        if self._mute is not None:
+            self._mute.finish(exit_code)
+        elif self._deputy is not None:
+            self._deputy.end(exit_code)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._tree.pid, signal.SIGCONT)  # a stopped deputy hears nothing
+        if self._deputy_dead or process_state(self._tree.pid) is None:
+            self._finished = True
+
+    # ------------------------------------------------------------------ the keepers
 
     def _to_keeper(self, word: guestwords.ToKeeper) -> None:
-        if self._lifeline is not None:
-            self._lifeline.send_message(guestwords.encode(word))
+        if self._line is not None:
+            self._line.send(word)
 
-    def _heard(self, message: bytes) -> None:
-        match guestwords.decode_for_guard(message):
+    def _heard(self, line: HomeLine, word: guestwords.ToGuard) -> None:
+        if isinstance(word, guestwords.Started):
+            if line is self._next:
+                self._follow_guest(line, word)
+            return
+        if line is not self._line:
+            return
+        match word:
             case guestwords.Stopped(number, offsets):
                 self._set_offsets(offsets)
                 self._guest_stopped = number
@@ -472,10 +375,24 @@ class Guard:
             case guestwords.Ended(exit_code, offsets):
                 log.info("%s: ended (%d)", self._guest, exit_code)
                 self._set_offsets(offsets)
-                self._exit_code = exit_code
-                self._end_deputy()
-            case guestwords.Started():
-                pass
+                self._end_deputy(exit_code)
+
+    def _follow_guest(self, line: HomeLine, started: guestwords.Started) -> None:
+        """The guest runs with its next keeper: streams and unheard signals go there."""
+        assert self._line is not None and self._start is not None
+        old, self._line, self._next = self._line, line, None
+        positions = []
+        for number, received in started.positions:
+            stream = old.lifeline.mux.release(number)
+            stream.sender.rewind(received)
+            positions.append((number, stream.receiver.position))
+            line.lifeline.mux.adopt(stream)
+        line.send(guestwords.GoOn(tuple(positions)))
+        for message in old.lifeline.mux.unheard_messages():
+            line.lifeline.send_message(message)
+        old.close()
+        self._journal.relocate(self._start.offer.transaction, line.host, "")
+        log.info("%s: runs on %s now", self._guest, line.host)
 
     def _set_offsets(self, offsets: tuple[tuple[int, int], ...]) -> None:
         if self._tree is None:
@@ -485,25 +402,10 @@ class Guard:
             if file.number in positions:
                 os.lseek(file.fd, positions[file.number], os.SEEK_SET)
 
-    def _end_deputy(self) -> None:
-        assert self._exit_code is not None and self._tree is not None and self._start is not None
-        self._journal.move(
-            self._start.offer.transaction, Side.SOURCE, State.ENDED, after=State.RESUMED
-        )
-        if self._mute is not None:
-            self._mute.finish(self._exit_code)
-        elif self._deputy is not None:
-            self._deputy.end(self._exit_code)
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self._tree.pid, signal.SIGCONT)  # a stopped deputy hears nothing
-        if self._deputy_dead or process_state(self._tree.pid) is None:
-            self._finished = True
-
-    def _cut(self, reason: PeerError) -> None:
-        if self._exit_code is not None:
-            return
-        log.warning("%s: lifeline: %s", self._guest, reason)
-        self._say(NeedLifeline(self._where))
+    def _cut(self, line: HomeLine, reason: PeerError) -> None:
+        if self._exit_code is None and line in (self._line, self._next):
+            log.warning("%s: connection with %s: %s", self._guest, line.host, reason.reason)
+            self._say(NeedLifeline(line.host))
 
     # ------------------------------------------------------------------ migd
 
@@ -513,8 +415,9 @@ class Guard:
             link = Link(sock)
             self._links.append(link)
             self._reactor.register(link.fileno(), READ, lambda _: self._packet(link))
-            if self._lifeline is not None and not self._lifeline.attached:
-                link.send(NeedLifeline(self._where))
+            for line in (self._line, self._next):
+                if line is not None and not line.lifeline.attached:
+                    link.send(NeedLifeline(line.host))
 
     def _packet(self, link: Link) -> None:
         received = link.receive()
@@ -525,13 +428,30 @@ class Guard:
             return
         packet, fds = received
         match packet:
-            case Attach() if self._lifeline is not None and len(fds) >= 2:
-                self._lifeline.attach(fds[0], fds[1])
+            case Attach("lifeline", host) if len(fds) == 2 and (line := self._line_to(host)):
+                line.lifeline.attach(fds[0], fds[1])
+            case Attach("next", host) if len(fds) == 2 and self._line is not None:
+                if self._next is not None:
+                    self._next.close()
+                self._next = self._connect(host)
+                self._next.lifeline.attach(fds[0], fds[1])
+            case DropNext(host) if self._next is not None and self._next.host == host:
+                self._next.close()
+                self._next = None
+            case GuestLost(reason) if self._exit_code is None:
+                log.warning("%s: lost: %s", self._guest, reason)
+                self._end_deputy(LOST_EXIT_CODE)
             case Verdict(resumed):
                 self._verdict = resumed
             case _:
                 for fd in fds:
                     os.close(fd)
+
+    def _line_to(self, host: str) -> HomeLine | None:
+        for line in (self._line, self._next):
+            if line is not None and line.host == host:
+                return line
+        return None
 
     def _say(self, packet: Progress | Departed | Failed | NeedLifeline | Ended) -> None:
         for link in self._links:
@@ -545,28 +465,19 @@ class Guard:
             sink.close()
         for source in self._sources:
             source.close()
-        if self._view is not None:
-            self._view.close()
-        if self._lifeline is not None:
-            self._lifeline.detach()
+        for line in (self._line, self._next):
+            if line is not None:
+                line.close()
         self._drop_deputy()
         if self._listener is not None:
             self._reactor.unregister(self._listener.fileno())
             self._listener.close()
         if self._exit_code is not None:
             self._say(Ended(self._exit_code))
-            dissolve("guard", self._guest)
-        shutil.rmtree(self._directory, ignore_errors=True)
         self._journal.close()
-
-
-def pending_signals(pid: int) -> list[int]:
-    """Signals pending for the process or its main thread: CRIU has put them into the images."""
-    mask = 0
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith(("SigPnd:", "ShdPnd:")):
-            mask |= int(line.split()[1], 16)
-    return [number for number in range(1, 65) if mask >> (number - 1) & 1]
+        leave_cgroup()
+        dissolve("guard", self._guest)
+        shutil.rmtree(self._directory, ignore_errors=True)
 
 
 def main() -> None:
@@ -574,11 +485,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="guard %(message)s", stream=sys.stderr)
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    sock = socket.socket(fileno=os.dup(0))
-    null = os.open("/dev/null", os.O_RDWR)
-    os.dup2(null, 0)
-    os.close(null)
-    Guard(sys.argv[1], Link(sock)).run()
+    Guard(sys.argv[1], Link(take_stdin())).run()
 
 
 if __name__ == "__main__":

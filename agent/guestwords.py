@@ -17,9 +17,19 @@ class Kill(msgspec.Struct, frozen=True, tag="kill"):
 
 
 class Started(msgspec.Struct, frozen=True, tag="started"):
-    """keeper → guard: the guest runs here from this epoch on. Offsets received on each stream so far."""
+    """keeper → guard: the guest runs here from this epoch on.
+
+    `positions`: of each stream that came along from the last keeper, what has been received.
+    """
 
     epoch: int
+    positions: tuple[tuple[int, int], ...] = ()
+
+
+class GoOn(msgspec.Struct, frozen=True, tag="go-on"):
+    """guard → keeper: the answer to Started, with what has been received at home."""
+
+    positions: tuple[tuple[int, int], ...]
 
 
 class Stopped(msgspec.Struct, frozen=True, tag="stopped"):
@@ -41,7 +51,7 @@ class Ended(msgspec.Struct, frozen=True, tag="ended"):
     """descriptor and position of each file that home shares"""
 
 
-ToKeeper = Signal | Kill
+ToKeeper = Signal | Kill | GoOn
 ToGuard = Started | Stopped | Continued | Ended
 
 encode = msgspec.msgpack.Encoder().encode

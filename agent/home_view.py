@@ -55,7 +55,7 @@ class HomeView:
         """the SFTP bytes, for a stream of the lifeline"""
 
     def mounted(self) -> bool:
-        """Whether the view can be used; a change is announced by POLLPRI on /proc/self/mountinfo."""
+        """Whether the view can be used; POLLPRI on /proc/self/mountinfo announces a change."""
         return f" {self.mountpoint} " in Path("/proc/self/mountinfo").read_text()
 
     @property

@@ -7,8 +7,11 @@ from pathlib import Path
 
 
 def take_identity(uid: int, gid: int) -> None:
-    """Before exec of criu, where root lacks CAP_SYS_RESOURCE: with the target's real ids, criu may still
-    read and set its limits (prlimit compares them); the effective ids stay root's."""
+    """Before exec of criu, where root lacks CAP_SYS_RESOURCE: take the target's real ids.
+
+    With them criu may still read and set its limits (prlimit compares them); the effective ids
+    stay root's.
+    """
     if not _has_sys_resource():
         os.setresgid(gid, 0, 0)
         os.setresuid(uid, 0, 0)

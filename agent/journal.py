@@ -56,6 +56,7 @@ class Entry:
     uid: int
     command: str
     origin_cgroup: str
+    """where the original was; empty for a hop, whose source is a keeper"""
     reason: str
     since: float
     """seconds since the epoch"""
@@ -140,6 +141,21 @@ class Journal:
             (state, reason, time.time(), transaction, side, after),
         )
         return cursor.rowcount == 1
+
+    def relocate(self, transaction: str, host: str, boot_id: str) -> None:
+        """The guest of a source's migration runs on another host now."""
+        self._db.execute(
+            "UPDATE migration SET peer = ?, peer_boot_id = ?, since = ? WHERE id = ? AND side = ?",
+            (host, boot_id, time.time(), transaction, Side.SOURCE),
+        )
+
+    def deputy(self, pid: int) -> Entry | None:
+        """The migration that has made `pid` a deputy, if it is one (of this boot)."""
+        found = self._select(
+            "WHERE pid = ? AND side = ? AND state = ? AND boot_id = ? AND origin_cgroup != ''",
+            (pid, Side.SOURCE, State.RESUMED, self._boot_id),
+        )
+        return found[-1] if found else None
 
     def find(self, transaction: str, side: Side) -> Entry | None:
         """The migration, if it is known."""

@@ -20,10 +20,10 @@ from pathlib import Path
 import msgspec
 
 from agent import syscalls
-from agent.arrival import GuestHost
-from agent.cgroups import Cgroup, dissolve, guest_path, hierarchy
+from agent.cgroups import Cgroup, dissolve, guest_path, leave_cgroup
+from agent.guest_host import GuestHost
 from agent.home_view import HomeView
-from agent.link import Link, Offer, listen
+from agent.link import Link, Offer, listen, take_stdin
 from agent.syscalls import CLONE_NEWPID, MS_NODEV, MS_NOEXEC, MS_NOSUID
 from criu_hooks.calls import CriuCall
 from migrate import paths
@@ -62,15 +62,9 @@ def serve(offer: Offer, link: Link, local: bool) -> None:
             view.close()
         with contextlib.suppress(OSError):
             syscalls.umount(images, syscalls.MNT_DETACH)
-        _leave_cgroup()
+        leave_cgroup()
         dissolve("keeper", offer.guest)
         shutil.rmtree(directory, ignore_errors=True)
-
-
-def _leave_cgroup() -> None:
-    """Out of the guest's cgroups, which are about to be removed with everything in them."""
-    with contextlib.suppress(OSError):
-        Cgroup(hierarchy()).add(os.getpid())
 
 
 def _run_inside(
@@ -125,10 +119,7 @@ def main() -> None:
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.umask(0o077)
-    sock = socket.socket(fileno=os.dup(0))
-    null = os.open("/dev/null", os.O_RDWR)
-    os.dup2(null, 0)
-    os.close(null)
+    sock = take_stdin()
     offer = msgspec.msgpack.decode(sock.recv(1 << 17), type=Offer)
     try:
         serve(offer, Link(sock), local=sys.argv[2] == "local")

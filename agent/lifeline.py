@@ -29,6 +29,8 @@ VECTORS: Final = 512
 WRITES_A_TURN: Final = 8
 HEARTBEAT_SECONDS: Final = 5.0
 
+OnMessage = Callable[[bytes], bool | None]
+
 _encode = msgspec.msgpack.Encoder().encode
 _decode_hello = msgspec.msgpack.Decoder(Hello).decode
 
@@ -36,7 +38,7 @@ _decode_hello = msgspec.msgpack.Decoder(Hello).decode
 class _Messages:
     """Cuts the control stream into messages; each is consumed once its callback has returned."""
 
-    def __init__(self, receiver: Receiver, on_message: Callable[[bytes], None]) -> None:
+    def __init__(self, receiver: Receiver, on_message: OnMessage) -> None:
         self._receiver = receiver
         self._on_message = on_message
         self._buffer = bytearray()
@@ -47,6 +49,10 @@ class _Messages:
         while view := self._receiver.peek():
             self._buffer += view
             self._receiver.take(len(view))
+        self.retry()
+
+    def retry(self) -> None:
+        """Deliver what is there; one that its callback puts off stays first, unacknowledged."""
         while len(self._buffer) >= 4:
             length = int.from_bytes(self._buffer[:4], "big")
             if length > MAX_MESSAGE:
@@ -54,12 +60,13 @@ class _Messages:
             if len(self._buffer) < 4 + length:
                 return
             message = bytes(self._buffer[4 : 4 + length])
-            del self._buffer[: 4 + length]
             self.delivering = True
             try:
-                self._on_message(message)
+                if self._on_message(message) is False:
+                    return
             finally:
                 self.delivering = False
+            del self._buffer[: 4 + length]
             self._receiver.consume(self._receiver.consumed + 4 + length)
 
 
@@ -69,7 +76,8 @@ class Mux:
     :param guest: names the guest on both ends.
     :param epoch: number of hops so far.
     :param leads: true at the keeper, whose epoch is the truth; the guard's follows it.
-    :param on_message: gets each control message, exactly once over all transports and keepers.
+    :param on_message: gets each control message, exactly once over all transports and keepers;
+        returns False to put it off until `retry_messages`.
     :param on_up: the other end's HELLO has been accepted, and nothing was sent on its account yet:
         streams that belong to an epoch may be opened and dropped here.
     :param on_pending: there is something to send, `gather` it.
@@ -83,7 +91,7 @@ class Mux:
         *,
         epoch: int = 0,
         leads: bool,
-        on_message: Callable[[bytes], None],
+        on_message: OnMessage,
         on_up: Callable[[], None] = wire.nothing,
         on_pending: Callable[[], None] = wire.nothing,
         state: LifelineState | None = None,
@@ -139,6 +147,34 @@ class Mux:
         self._dues.pop(number, None)
         if stream is not None:
             stream.sender.on_pending = stream.receiver.on_due = wire.nothing
+
+    def release(self, number: int) -> Stream:
+        """Take a stream out, to be adopted by the lifeline with the guest's next keeper."""
+        stream = self.streams[number]
+        self.drop(number)
+        return stream
+
+    def adopt(self, stream: Stream) -> None:
+        """Go on with a stream of an earlier keeper; its sender was rewound to what this one has."""
+        self._adopt(stream)
+        if stream.sender.pending:
+            stream.sender.on_pending()
+        if stream.receiver.acknowledged or stream.receiver.reset:
+            stream.receiver.on_due()
+
+    def retry_messages(self) -> None:
+        """Deliver the messages that were put off."""
+        self._messages.retry()
+
+    def unheard_messages(self) -> list[bytes]:
+        """Messages that the other end has not acknowledged, oldest first."""
+        data = self.streams[CONTROL].sender.unacked()
+        messages = []
+        while data:
+            end = 4 + int.from_bytes(data[:4], "big")
+            messages.append(data[4:end])
+            data = data[end:]
+        return messages
 
     def send_message(self, message: bytes) -> None:
         """Queue a control message; it arrives after every ACK and RESET that is due now."""
@@ -398,7 +434,7 @@ class Lifeline:
         *,
         epoch: int = 0,
         leads: bool,
-        on_message: Callable[[bytes], None],
+        on_message: OnMessage,
         on_up: Callable[[], None] = wire.nothing,
         on_down: Callable[[PeerError], None] = lambda reason: None,
         ping_seconds: float = HEARTBEAT_SECONDS,

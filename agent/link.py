@@ -13,7 +13,7 @@ from typing import Annotated, TypeAlias
 
 import msgspec
 
-from agent.wire import LifelineState
+from agent.wire import StreamState
 
 MAX_PACKET = 1 << 17
 MAX_FDS = 8
@@ -86,6 +86,18 @@ class Attach(msgspec.Struct, frozen=True, tag="attach"):
     transaction: Name = ""
 
 
+class DropNext(msgspec.Struct, frozen=True, tag="drop-next"):
+    """migd → guard: the guest did not go to `host` after all."""
+
+    host: Name
+
+
+class GuestLost(msgspec.Struct, frozen=True, tag="lost"):
+    """migd → guard: the guest is no more (its host has said so, or was silent for too long)."""
+
+    reason: str
+
+
 class Progress(msgspec.Struct, frozen=True, tag="progress"):
     """How far a departure is."""
 
@@ -147,8 +159,8 @@ class Dumped(msgspec.Struct, frozen=True, tag="dumped"):
     pipes: tuple[StreamPipe, ...]
     files: tuple[int, ...]
     """descriptors 0, 1, 2 of the root that are regular files: home shares their offset"""
-    lifeline: LifelineState | None = None
-    """of the keeper that hands the guest on"""
+    streams: tuple[StreamState, ...] = ()
+    """as the keeper that hands the guest on leaves them"""
 
 
 class Verdict(msgspec.Struct, frozen=True, tag="verdict"):
@@ -181,7 +193,7 @@ class Aborted(msgspec.Struct, frozen=True, tag="aborted"):
     remedy: str = ""
 
 
-ToAgent: TypeAlias = StartDeparture | Attach | EndGuest | Verdict
+ToAgent: TypeAlias = StartDeparture | Attach | EndGuest | Verdict | DropNext | GuestLost
 FromAgent: TypeAlias = Progress | Departed | Failed | NeedLifeline | Ended
 
 
@@ -248,3 +260,23 @@ def connect(path: Path) -> Link:
         sock.close()
         raise
     return Link(sock)
+
+
+def take_stdin() -> socket.socket:
+    """The socket that migd gave this process as stdin; /dev/null takes its place."""
+    sock = socket.socket(fileno=os.dup(0))
+    null = os.open("/dev/null", os.O_RDWR)
+    os.dup2(null, 0)
+    os.close(null)
+    return sock
+
+
+def in_doubt(start: StartDeparture, doubt: str) -> Failed:
+    """What a client is told while only the destination's record can tell what happened."""
+    return Failed(
+        start.offer.transaction,
+        f"host {start.destination}",
+        f"committed, but it has not confirmed ({doubt}); the process waits frozen",
+        "it is settled when the host answers, or by `migctl recover`",
+        in_doubt=True,
+    )

@@ -36,8 +36,11 @@ def notify(state: str) -> None:
 
 
 def probe_criu() -> str:
-    """CRIU's version. Also has CRIU probe the kernel as root, once: it keeps what it finds in /run/criu.kdat,
-    and later, under a user's ids, it could not."""
+    """CRIU's version.
+
+    Also has CRIU probe the kernel as root, once: it keeps what it finds in /run/criu.kdat, and
+    later, under a user's ids, it could not.
+    """
     path = criu_path()
     subprocess.run([path, "check"], capture_output=True, check=False, stdin=subprocess.DEVNULL)
     text = subprocess.run([path, "--version"], capture_output=True, text=True, check=True).stdout

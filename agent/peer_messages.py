@@ -50,6 +50,29 @@ class MoveGuest(msgspec.Struct, frozen=True, tag="move-guest"):
     destination: Name
 
 
+class ConnectGuest(msgspec.Struct, frozen=True, tag="connect-guest"):
+    """The guest's host → home's migd: a keeper waits for it on `host`; connect the guard."""
+
+    guest: Name
+    host: Name
+
+
+class Connected(msgspec.Struct, frozen=True, tag="connected"):
+    """Done."""
+
+
+class AskGuest(msgspec.Struct, frozen=True, tag="ask-guest"):
+    """Home's migd: do you still have this guest?"""
+
+    guest: Name
+
+
+class GuestIs(msgspec.Struct, frozen=True, tag="guest-is"):
+    """Whether its keeper runs here."""
+
+    present: bool
+
+
 class GuestMoved(msgspec.Struct, frozen=True, tag="guest-moved"):
     """It runs there now."""
 
@@ -57,8 +80,8 @@ class GuestMoved(msgspec.Struct, frozen=True, tag="guest-moved"):
     sent_bytes: int
 
 
-Question = AskLoad | MakeOffer | AskOutcome | MoveGuest
-Answer = Load | Accepted | OutcomeIs | GuestMoved
+Question = AskLoad | MakeOffer | AskOutcome | MoveGuest | ConnectGuest | AskGuest
+Answer = Load | Accepted | OutcomeIs | GuestMoved | Connected | GuestIs
 
 encode = msgspec.msgpack.Encoder().encode
 decode_question = msgspec.msgpack.Decoder(Question).decode

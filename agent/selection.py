@@ -1,4 +1,4 @@
-"""Which host a process goes to, if its user names none. The load database will stand behind this."""
+"""Which host a process goes to if its user names none; the load database will stand behind it."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""The session and process group in which CRIU must stand, so that a guest finds its own numbers again.
+"""The session and group in which CRIU must stand, so that a guest finds its own numbers again.
 
-CRIU (--shell-job) gives a root that leads no session the session of criu itself, and its group unless the root
-leads that. So criu is started within a session and a group of the same numbers as at home. Where the parent of
-the guest led the session, the keeper, which has the parent's pid, does so here.
+CRIU (--shell-job) gives a root that leads no session the session of criu itself, and its group
+unless the root leads that. So criu is started within a session and a group of the same numbers as
+at home. Where the parent of the guest led the session, the keeper, which has the parent's pid, does
+so here.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ def spawn_in_session(
     """Start criu as a child of the caller, in the session and group that `ids` name.
 
     :param spawn: forks with the function it is given, and returns the child's pid.
-    :returns: criu's pid, and processes of the caller that only hold the numbers: kill them afterwards.
+    :returns: criu's pid, and processes of the caller that only hold the numbers: kill them
+        afterwards.
     """
     if ids.sid == ids.pid:
         return spawn(os.fork), ()
@@ -86,7 +88,7 @@ def _hold(pid: int, become: Callable[[], None], reactor: Reactor) -> int:
 
 
 def _lead(ids: TreeIds, spawn: Callable[[Fork], int], writing: int) -> None:
-    """The child that leads the session: starts criu beside itself, tells, and waits to be killed."""
+    """The child that leads the session: starts criu beside itself, tells, waits to be killed."""
     try:
         os.setsid()
         group = 0

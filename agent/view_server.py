@@ -1,4 +1,4 @@
-"""Home's end of the home view: an sftp-server that runs as the owner, behind a stream of the lifeline."""
+"""Home's end of the home view: an sftp-server run as the owner, on a stream of the lifeline."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ VIEW_WINDOW = 4 << 20
 class ViewServer:
     """Serves the owner's view of this host's files for as long as it is open.
 
-    It has the owner's rights and no more: what the far side asks for is what the owner could do here herself.
+    It has the owner's rights and no more: what the far side asks for is what the owner could do
+    here herself.
     """
 
     def __init__(self, reactor: Reactor, lifeline: Lifeline, owner: Owner) -> None:

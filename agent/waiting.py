@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import select
 import time
 from collections.abc import Callable
 
+from agent.cgroups import Cgroup
 from agent.reactor import READ, Reactor
 from criu_hooks.calls import CriuCall, Done, Event
 
@@ -41,3 +43,16 @@ def next_event(reactor: Reactor, call: CriuCall, seconds: float) -> Event:
     if not wait_for(reactor, call.fileno(), READ, seconds):
         return Done(False, f"criu made no progress for {seconds:g} seconds")
     return call.receive(1)
+
+
+def wait_frozen(reactor: Reactor, cgroup: Cgroup, seconds: float) -> bool:
+    """Turn the reactor until all of the cgroup stands still; False after `seconds`.
+
+    A task that waits for the home view cannot freeze before its answer, which the reactor may have to bring.
+    """
+    with open(cgroup.path / "cgroup.events") as events:
+        reactor.register(events.fileno(), select.EPOLLPRI, lambda _: None)
+        try:
+            return wait_until(reactor, lambda: cgroup.frozen, seconds)
+        finally:
+            reactor.unregister(events.fileno())

@@ -1,8 +1,9 @@
 """One CRIU call as its owner sees it: start it, answer its notifications, learn how it ended.
 
-CRIU itself (`criu swrk`) is a child of the owner (a guard or a keeper), because what CRIU restores becomes
-its sibling (rst_sibling). The owner does not speak protobuf: that would cost each of them 15 MB for good.
-A short-lived worker process (criu_hooks.worker) does it, over a socket that the owner hands it:
+CRIU itself (`criu swrk`) is a child of the owner (a guard or a keeper), because what CRIU restores
+becomes its sibling (rst_sibling). The owner does not speak protobuf: that would cost each of them
+15 MB for good. A short-lived worker process (criu_hooks.worker) does it, over a socket that the
+owner hands it:
 
     owner ──fork, exec──► criu swrk ◄──CRIU's RPC──► worker ◄──the messages below──► owner
 """
@@ -34,7 +35,7 @@ class InheritFd(msgspec.Struct, frozen=True):
 
 
 class DumpRequest(msgspec.Struct, frozen=True, tag="dump"):
-    """criu dump, with pages sent to a page server socket and the tasks left to the cgroup freezer."""
+    """criu dump: pages are sent to a page server socket, tasks left to the cgroup freezer."""
 
     pid: int
     images_fd: int
@@ -64,7 +65,10 @@ Request = DumpRequest | RestoreRequest | FeatureRequest
 
 
 class Notify(msgspec.Struct, frozen=True, tag="notify"):
-    """CRIU reached a point (criu's action script names, e.g. ``post-dump``) and waits for `proceed`."""
+    """CRIU reached a point and waits for `proceed`.
+
+    `script`: the point, as criu's action scripts are told it, e.g. ``post-dump``.
+    """
 
     script: str
     pid: int = 0
@@ -77,7 +81,10 @@ class Proceed(msgspec.Struct, frozen=True, tag="proceed"):
 
 
 class Done(msgspec.Struct, frozen=True, tag="done"):
-    """CRIU finished. `reason` is one sentence when it failed; the whole log stays at the request's log_path."""
+    """CRIU finished.
+
+    `reason`: one sentence when it failed; the whole log stays at the request's log_path.
+    """
 
     ok: bool
     reason: str = ""
@@ -90,7 +97,7 @@ _decode_event: Callable[[bytes], Event] = msgspec.msgpack.Decoder(Event).decode
 
 
 def criu_path() -> str:
-    """Full path of the criu binary (swrk refuses a bare name). Raises HostError when there is none."""
+    """Full path of the criu binary (swrk refuses a bare name). Raises HostError: there is none."""
     for path in CRIU_PATHS:
         if os.access(path, os.X_OK):
             return path
@@ -107,8 +114,8 @@ def spawn_swrk(
 
     :param rpc: CRIU's end of the RPC socket pair.
     :param keep_fds: descriptors that criu inherits under the same numbers.
-    :param prepare: runs in the child before exec (enter namespaces, take identities). What it raises ends
-        the child with status 127; the caller sees the closed RPC socket.
+    :param prepare: runs in the child before exec (enter namespaces, take identities). What it
+        raises ends the child with status 127; the caller sees the closed RPC socket.
     """
     path = criu_path()
     pid = fork()
@@ -125,7 +132,7 @@ def spawn_swrk(
 
 
 class CriuCall:
-    """A worker process, started early so that its imports cost nobody's frozen time; then one call."""
+    """A worker process, started early so that its imports freeze nobody longer; then one call."""
 
     def __init__(self) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -159,8 +166,8 @@ class CriuCall:
     def criu_end(self) -> socket.socket:
         """CRIU's end of the RPC socket, for `spawn_swrk`.
 
-        Made at the first use: criu finds the images through /proc by the pid that made the socket, so that
-        must be a process which lives in criu's own pid namespace.
+        Made at the first use: criu finds the images through /proc by the pid that made the socket,
+        so that must be a process which lives in criu's own pid namespace.
         """
         if self._criu_end is None:
             self._rpc, self._criu_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -175,7 +182,10 @@ class CriuCall:
         self._rpc.close()
 
     def receive(self, timeout_seconds: float | None = None) -> Event:
-        """The next event. A worker or criu that died is a failed Done; TimeoutError after the timeout."""
+        """The next event. A worker or criu that died is a failed Done.
+
+        :raises TimeoutError: nothing came within `timeout_seconds`.
+        """
         self._channel.settimeout(timeout_seconds)
         try:
             data = self._channel.recv(MAX_MESSAGE)
@@ -213,7 +223,7 @@ class CriuCall:
             self.proceed()
 
     def close(self) -> None:
-        """End the worker. CRIU then sees its RPC socket closed and undoes what it has not finished."""
+        """End the worker. CRIU sees its RPC socket closed and undoes what it has not finished."""
         for end in (self._channel, self._rpc, self._criu_end):
             if end is not None:
                 end.close()

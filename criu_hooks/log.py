@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 
 _ERROR = re.compile(r"^(?:\([\d.]+\)\s*)?(?:\s*\d+:\s*)?Error \([^)]*\):\s*(?P<text>.*)$")
-# What criu prints when it has to give up, or says on every host that lacks CAP_SYS_RESOURCE: no cause.
+# What criu prints when it has to give up, or says on every host that lacks CAP_SYS_RESOURCE: no
+# cause.
 _NO_CAUSE = re.compile(
     r"Dumping FAILED|Restoring FAILED|Can't setup RLIMIT_NOFILE for self|Unable to create tun"
     r"|Unexpected TCP_CORK|exited? with|killed by signal|Can't make .*\.img|notify|Can't dump task"
@@ -30,7 +31,7 @@ _KNOWN = (
 
 
 def cause(log: str) -> str:
-    """The first error of a CRIU log that tells a cause, as a short sentence; empty if there is none."""
+    """The first error of a CRIU log that tells a cause, as a sentence; empty if there is none."""
     errors = [m["text"].strip() for line in log.splitlines() if (m := _ERROR.match(line.strip()))]
     for text in errors:
         for pattern, sentence in _KNOWN:

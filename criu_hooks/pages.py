@@ -1,10 +1,11 @@
-"""The memory pages of a dump as a byte stream: out of criu at the source, into image files at the destination.
+"""The memory pages of a dump as a byte stream: from criu at the source to images at the other end.
 
-With a page server, criu sends memory as it reads it and needs no room for it. The protocol is CRIU's own
-(criu/page-xfer.c, struct page_server_iov, as of 4.2): a header {u32 command and flags, u64 pages, u64 address,
-u64 destination}, followed by the pages if the PRESENT flag is set. The source forwards the stream as it
-comes and answers criu's questions itself; the destination writes the image files that criu restore expects
-(images/pagemap.proto). All of it is checked: the destination must not trust the source.
+With a page server, criu sends memory as it reads it and needs no room for it. The protocol is
+CRIU's own (criu/page-xfer.c, struct page_server_iov, as of 4.2): a header {u32 command and flags,
+u64 pages, u64 address, u64 destination}, followed by the pages if the PRESENT flag is set. The
+source forwards the stream as it comes and answers criu's questions itself; the destination writes
+the image files that criu restore expects (images/pagemap.proto). All of it is checked: the
+destination must not trust the source.
 """
 
 from __future__ import annotations
@@ -71,7 +72,10 @@ class _Scanner:
         self.payload_left = 0
 
     def feed(self, view: memoryview) -> list[tuple[Header | None, memoryview]]:
-        """Split `view` into headers and payload pieces, in order: (header, empty) or (None, payload)."""
+        """Split `view` into headers and pieces of payload, in order.
+
+        :returns: (header, empty) or (None, payload).
+        """
         found: list[tuple[Header | None, memoryview]] = []
         at = 0
         while at < len(view):

@@ -1,7 +1,8 @@
-"""The process that speaks CRIU's RPC for one call: ``python -m criu_hooks.worker`` with the owner's socket as stdin.
+"""The process that speaks CRIU's RPC for one call.
 
-CRIU's RPC is described in its wiki («RPC») and images/rpc.proto. pycriu's own client has no notifications,
-so the loop is here: send one request, answer each NOTIFY, stop at the response.
+It is ``python -m criu_hooks.worker`` with the owner's socket as stdin. CRIU's RPC is described in
+its wiki («RPC») and images/rpc.proto. pycriu's own client has no notifications, so the loop is
+here: send one request, answer each NOTIFY, stop at the response.
 """
 
 from __future__ import annotations

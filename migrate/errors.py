@@ -1,4 +1,7 @@
-"""The errors that reach a user. The class says who is to blame; the text says what, why, and what to do."""
+"""The errors that reach a user.
+
+The class says who is to blame; the text says what, why, and what to do.
+"""
 
 
 class MigrateError(Exception):

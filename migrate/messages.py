@@ -1,4 +1,7 @@
-"""What clients and migd say to each other on migd's socket: one frame a message (migrate.framing), msgpack."""
+"""What clients and migd say to each other on migd's socket.
+
+One frame a message (migrate.framing), in msgpack.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,10 @@ class ListGuests(msgspec.Struct, frozen=True, tag="list"):
 
 
 class Recover(msgspec.Struct, frozen=True, tag="recover"):
-    """Settle transactions in doubt. `lost_host`: an administrator's word that this host will not come back."""
+    """Settle transactions in doubt.
+
+    `lost_host`: an administrator's word that this host will not come back.
+    """
 
     lost_host: Word = ""
     protocol: int = PROTOCOL

@@ -1,0 +1,50 @@
+"""The tree that goes on from a capsule, as its keeper sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from agent.capsule import Capsule
+from agent.cgroups import Cgroup, guest_path
+from agent.identity import take_identity
+from agent.link import Dumped, Offer
+
+
+class CapsuleTree:
+    """The original of a hop (or of the way home).
+
+    :param describe: once all is frozen: settle the streams and say what travels with them.
+    :param resume: the hop has failed: the streams go on here.
+    """
+
+    def __init__(
+        self,
+        offer: Offer,
+        capsule: Capsule,
+        describe: Callable[[], Dumped],
+        resume: Callable[[], None],
+    ) -> None:
+        self.pid = offer.ids.pid
+        self.shell_job = offer.ids.sid != offer.ids.pid
+        self.cgroup = Cgroup(guest_path("keeper", offer.guest, "tree"))
+        self._offer = offer
+        self._capsule = capsule
+        self._describe = describe
+        self._resume = resume
+
+    def gather(self) -> None:
+        """It lives in its cgroup already."""
+
+    def enter(self) -> None:
+        """criu dumps from inside, so that the namespaces are not part of the images."""
+        self._capsule.enter()
+        take_identity(self._offer.owner.uid, self._offer.owner.gid)
+
+    def describe(self) -> Dumped:
+        """See the class."""
+        return self._describe()
+
+    def put_back(self) -> None:
+        """It runs on here."""
+        self.cgroup.thaw()
+        self._resume()

@@ -1,0 +1,145 @@
+"""The tree that leaves home for the first time, as its guard sees it."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from agent import guestwords
+from agent.cgroups import Cgroup, guest_path, of_process
+from agent.identity import take_identity
+from agent.link import Dumped, StartDeparture, StreamPipe
+from agent.syscalls import pidfd_getfd
+from criu_hooks.fds import FileKind
+from criu_hooks.preflight import examine
+from criu_hooks.proc import pid_starttime
+from criu_hooks.tree import ProcessTree
+from migrate.errors import UserError
+
+
+@dataclass
+class HomeFile:
+    """A regular file on stdio: home shares the description, so the deputy's side keeps its offset."""
+
+    number: int
+    fd: int
+
+
+class FreshTree:
+    """The original of a first migration: a process tree of this host."""
+
+    def __init__(self, start: StartDeparture, on_streams: Callable[[list[int]], None]) -> None:
+        """
+        :param on_streams: gets the streams that the keeper will use, before it may use them.
+        """
+        self.pid = start.host_pid
+        self._on_streams = on_streams
+        self._start = start
+        self._owner = start.offer.owner
+        self.shell_job = start.offer.ids.sid != self.pid
+        self.cgroup = Cgroup(guest_path("guard", start.offer.guest, "tree"))
+        self.origin = of_process(self.pid)
+        self.pidfd = os.pidfd_open(self.pid)
+        if pid_starttime(self.pid) != start.starttime_ticks:
+            raise UserError(f"pid {self.pid}", "is another process by now", "look it up with ps")
+        self.tree: ProcessTree | None = None
+        self.pipes: dict[int, int] = {}
+        """stream → our copy of home's descriptor"""
+        self.files: list[HomeFile] = []
+        self.pipe_list: tuple[StreamPipe, ...] = ()
+        self.stdio: dict[int, list[int]] = {}
+        """stream → the root's descriptors, of those that the deputy keeps"""
+        self.pending: list[int] = []
+
+    def gather(self) -> None:
+        self.cgroup.create()
+        known: set[int] = set()
+        while True:
+            members = [p.pid for p in ProcessTree.capture(self.pid).members]
+            if not set(members) - known:
+                return
+            for pid in members:
+                with contextlib.suppress(ProcessLookupError):
+                    self.cgroup.add(pid)
+            known.update(members)
+
+    def enter(self) -> None:
+        take_identity(self._owner.uid, self._owner.gid)
+
+    def describe(self) -> Dumped:
+        tree = ProcessTree.capture(self.pid)
+        if tree.root.starttime_ticks != self._start.starttime_ticks:
+            raise UserError(f"pid {self.pid}", "is another process by now")
+        self.tree = tree
+        obstacles = examine(
+            tree, self._owner.uid, ghost_limit_bytes=self._start.ghost_limit_bytes, link_remap=True
+        )
+        if obstacles:
+            raise obstacles[0].error()
+        self.pending = pending_signals(self.pid)
+        self._copy_descriptors(tree)
+        return Dumped(pipes=self.pipe_list, files=tuple(file.number for file in self.files))
+
+    def _copy_descriptors(self, tree: ProcessTree) -> None:
+        listed: list[StreamPipe] = []
+        for stream, pipe in enumerate(tree.external_pipes(), guestwords.FIRST_PIPE_STREAM):
+            if pipe.direction == "both":
+                raise UserError(
+                    f"pid {self.pid}", f"it holds both ends of {pipe.key}, as does somebody else"
+                )
+            end = pipe.ends[0]
+            pidfd = os.pidfd_open(end.pid)
+            try:
+                fd = pidfd_getfd(pidfd, end.fd)
+            finally:
+                os.close(pidfd)
+            self.pipes[stream] = fd
+            for held in pipe.ends:
+                if held.pid == self.pid and held.fd <= 2:
+                    self.stdio.setdefault(stream, []).append(held.fd)
+            size = fcntl.fcntl(fd, fcntl.F_GETPIPE_SZ)
+            listed.append(StreamPipe(stream, pipe.key, pipe.direction == "out", size))
+        self.pipe_list = tuple(listed)
+        self._on_streams([pipe.stream for pipe in listed])
+        for file in tree.root.files:
+            if file.fd <= 2 and file.kind is FileKind.REGULAR:
+                self.files.append(HomeFile(file.fd, pidfd_getfd(self.pidfd, file.fd)))
+
+    def put_back(self) -> None:
+        """Undo: everything runs in the cgroup it came from."""
+        for fd in (*self.pipes.values(), *(file.fd for file in self.files)):
+            os.close(fd)
+        self.pipes.clear()
+        self.files.clear()
+        put_back(self.cgroup, self.origin)
+
+
+def put_back(cgroup: Cgroup, origin: Path) -> None:
+    """Move everything back to the cgroup it came from, and let it run. No error if that is gone."""
+    cgroup.thaw()
+    while not origin.is_dir():
+        origin = origin.parent
+    while pids := cgroup.pids():
+        for pid in pids:
+            try:
+                Cgroup(origin).add(pid)
+            except ProcessLookupError:
+                continue
+            except OSError:
+                return  # the kernel does not allow it there; it may stay where it is
+    with contextlib.suppress(OSError):
+        cgroup.remove()
+        cgroup.path.parent.rmdir()
+
+
+def pending_signals(pid: int) -> list[int]:
+    """Signals pending for the process or its main thread: CRIU has put them into the images."""
+    mask = 0
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith(("SigPnd:", "ShdPnd:")):
+            mask |= int(line.split()[1], 16)
+    return [number for number in range(1, 65) if mask >> (number - 1) & 1]

@@ -1,0 +1,523 @@
+"""The keeper's inner process: parent of the guest, far end of the lifeline, source of the next hop."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import select
+import shutil
+import signal
+import socket
+import time
+from pathlib import Path
+
+from agent import capsule, guestwords, syscalls
+from agent.arrival import Arrival, Arrived
+from agent.bulk import Bulk
+from agent.capsule_tree import CapsuleTree
+from agent.cgroups import Cgroup, guest_path
+from agent.departure import Departure, InDoubt, Outcome, failure_words
+from agent.endpoints import Duplex, FdSource, MeteredSink
+from agent.home_view import HomeView
+from agent.journal import Entry, Journal, Side, State
+from agent.lifeline import Lifeline
+from agent.link import (
+    Aborted,
+    Attach,
+    Departed,
+    Dumped,
+    EndGuest,
+    Failed,
+    Link,
+    Offer,
+    Packet,
+    Progress,
+    StartDeparture,
+    StreamPipe,
+    Verdict,
+    in_doubt,
+)
+from agent.reactor import READ, Reactor
+from agent.view_server import VIEW_WINDOW
+from agent.waiting import wait_until
+from agent.wire import Stream
+from criu_hooks.calls import CriuCall
+from criu_hooks.proc import boot_id
+from migrate.errors import HostError, MigrateError, PeerError
+
+log = logging.getLogger(__name__)
+
+ATTACH_SECONDS = 20.0
+VIEW_SECONDS = 20.0
+END_POLL_SECONDS = 0.005
+"""Between looks whether the last output has arrived at home."""
+FAREWELL_SECONDS = 60.0
+
+
+class GuestHost:
+    """See the module."""
+
+    def __init__(
+        self,
+        offer: Offer,
+        link: Link,
+        server: socket.socket,
+        view: HomeView | None,
+        images: Path,
+        call: CriuCall,
+    ) -> None:
+        self._offer = offer
+        self._guest = offer.guest
+        self._links = [link]
+        self._server = server
+        self._view = view
+        self._images = images
+        self._call = call
+        self._reactor = Reactor()
+        self._journal = Journal()
+        self._tree = Cgroup(guest_path("keeper", offer.guest, "tree"))
+        self._capsule: capsule.Capsule | None = None
+        self._bulk: Bulk | None = None
+        self._lifeline: Lifeline | None = None
+        self._hold = -1
+        self._duplex: Duplex | None = None
+        self._sources: dict[int, FdSource] = {}
+        self._sinks: dict[int, MeteredSink] = {}
+        self._fds: dict[int, int] = {}
+        """stream → our end of the guest's pipe"""
+        self._listed: dict[int, StreamPipe] = {}
+        self._files: dict[int, int] = {}
+        self._criu = 0
+        self._exit_code: int | None = None
+        self._told_end = False
+        self._finished = False
+        self._frozen_for_cut = False
+        self._hop: tuple[StartDeparture, list[int]] | None = None
+        self._handing_over = False
+        self._gone_on = False
+        self._verdict: bool | None = None
+
+    def run(self) -> None:
+        """Receive the guest; keep it until it has ended or gone on."""
+        self._watch_children()
+        self._reactor.register(self._server.fileno(), READ, lambda _: self._accept())
+        first = self._links[0]
+        self._reactor.register(first.fileno(), READ, lambda _: self._packet(first))
+        with self._call:
+            try:
+                self._receive()
+            except Exception as error:
+                if not isinstance(error, MigrateError):
+                    log.exception("%s: arrival failed", self._offer.transaction)
+                self._abort(error)
+                return
+        while not self._finished:
+            self._reactor.turn()
+            if self._hop is not None:
+                self._depart(*self._hop)
+                self._hop = None
+        self._close()
+
+    # ------------------------------------------------------------------ arrival
+
+    def _receive(self) -> None:
+        if not wait_until(
+            self._reactor, lambda: self._bulk is not None and self._lifeline_up(), ATTACH_SECONDS
+        ):
+            raise PeerError(f"host {self._offer.source}", "did not connect in time")
+        assert self._bulk is not None
+        self._await_view()
+        self._capsule = capsule.build(
+            self._reactor,
+            self._offer.hostname,
+            self._view.mountpoint if self._view else None,
+            self._offer.view,
+        )
+        arrival = Arrival(
+            self._reactor, self._journal, self._offer, self._bulk, self._capsule, self._images
+        )
+        arrived = arrival.run(self._call, self._open_streams)
+        log.info("%s: %s resumed here", self._offer.transaction, self._guest)
+        self._files = arrived.files
+        self._criu = arrived.criu
+        if arrived.dumped.streams:
+            assert self._lifeline is not None
+            positions = tuple(
+                (state.stream, self._lifeline.open(state.stream).receiver.position)
+                for state in arrived.dumped.streams
+            )
+            self._to_guard(guestwords.Started(self._offer.epoch, positions))
+        else:
+            self._to_guard(guestwords.Started(self._offer.epoch))
+            if self._offer.epoch == 1:
+                self._start_sources()
+        self._bulk.close()
+        self._bulk = None
+        for path in self._images.iterdir():
+            path.unlink()
+        self._reap()
+
+    def _lifeline_up(self) -> bool:
+        return self._lifeline is not None and self._lifeline.up
+
+    def _await_view(self) -> None:
+        view = self._view
+        if view is None:
+            return
+        with open("/proc/self/mountinfo") as mountinfo:
+            self._reactor.register(mountinfo.fileno(), select.EPOLLPRI, lambda _: None)
+            try:
+                if not wait_until(self._reactor, view.mounted, VIEW_SECONDS):
+                    raise HostError("home view", "could not be mounted in time")
+            finally:
+                self._reactor.unregister(mountinfo.fileno())
+
+    def _open_streams(self, arrived: Arrived) -> None:
+        """Before the commit: from then on home may send."""
+        assert self._lifeline is not None
+        for state in arrived.dumped.streams:
+            self._lifeline.mux.adopt(Stream.restore(state))
+        for pipe in arrived.pipes:
+            number = pipe.listed.stream
+            stream = self._lifeline.open(number)
+            self._listed[number] = pipe.listed
+            self._fds[number] = pipe.our_fd
+            if not pipe.listed.outgoing:
+                self._sinks[number] = MeteredSink(self._reactor, stream.receiver, pipe.our_fd)
+
+    def _start_sources(self) -> None:
+        assert self._lifeline is not None
+        for number, listed in self._listed.items():
+            if listed.outgoing and number not in self._sources:
+                stream = self._lifeline.open(number)
+                self._sources[number] = FdSource(
+                    self._reactor, stream.sender, self._fds[number], private=True
+                )
+
+    def _abort(self, error: BaseException) -> None:
+        """It will never run here: recorded first, then said."""
+        what, reason, remedy = failure_words(error)
+        log.info("%s: given up: %s", self._offer.transaction, error)
+        self._tree.kill()
+        self._journal.move(
+            self._offer.transaction,
+            Side.DESTINATION,
+            State.ABORTED,
+            after=State.OFFERED,
+            reason=reason,
+        )
+        if self._bulk is not None:
+            with contextlib.suppress(PeerError):
+                self._bulk.send_message(Aborted(what, reason, remedy))
+            self._bulk.close()
+
+    # ------------------------------------------------------------------ going on
+
+    def _depart(self, start: StartDeparture, fds: list[int]) -> None:
+        """The next hop; whatever fails before the commit leaves the guest running here."""
+        assert self._capsule is not None
+        offer = start.offer
+        bulk = Bulk(self._reactor, start.destination, fds[0], fds[1], offer.freeze_limit_seconds)
+        directory = self._images / "dump"
+        directory.mkdir(mode=0o700)
+        tree = CapsuleTree(self._offer, self._capsule, self._hand_over, self._take_back)
+        try:
+            with CriuCall() as call:
+                self._journal.record(self._hop_entry(start))
+                departure = Departure(self._reactor, self._journal, bulk, start, tree, self._tell)
+                try:
+                    outcome = departure.run(call, directory)
+                except InDoubt as doubt:
+                    outcome = self._await_verdict(start, str(doubt), tree)
+        except (MigrateError, OSError) as error:
+            what, reason, remedy = failure_words(error)
+            log.info("%s: not moved: %s", offer.transaction, error)
+            self._say(Failed(offer.transaction, what, reason, remedy))
+            return
+        finally:
+            bulk.close()
+            shutil.rmtree(directory, ignore_errors=True)
+        self._gone_on = self._finished = True
+        self._journal.move(
+            self._offer.transaction,
+            Side.DESTINATION,
+            State.ENDED,
+            after=State.RESUMED,
+            reason=f"moved on to {start.destination}",
+        )
+        self._tree.kill()
+        self._say(
+            Departed(
+                offer.transaction,
+                start.destination,
+                outcome.frozen_seconds * 1000,
+                outcome.sent_bytes,
+            )
+        )
+
+    def _hop_entry(self, start: StartDeparture) -> Entry:
+        offer = start.offer
+        return Entry(
+            transaction=offer.transaction,
+            side=Side.SOURCE,
+            state=State.BEGUN,
+            guest=offer.guest,
+            peer=start.destination,
+            peer_boot_id=start.destination_boot_id,
+            home=offer.home,
+            pid=offer.ids.pid,
+            starttime_ticks=0,
+            user=offer.owner.name,
+            uid=offer.owner.uid,
+            command=offer.command,
+            origin_cgroup="",
+            reason="",
+            since=time.time(),
+            boot_id=boot_id(),
+        )
+
+    def _hand_over(self) -> Dumped:
+        """All is frozen: from here on home's messages wait for whoever has the guest afterwards."""
+        assert self._lifeline is not None
+        self._handing_over = True
+        for source in self._sources.values():
+            source.drain()
+        for sink in self._sinks.values():
+            sink.settle()
+        states = []
+        pipes = []
+        for number, listed in self._listed.items():
+            stream = self._lifeline.open(number)
+            states.append(stream.export())
+            over = stream.sender.fin or stream.sender.reset if listed.outgoing else (
+                stream.receiver.finished or stream.receiver.reset
+            )
+            if not over:
+                inode = os.fstat(self._fds[number]).st_ino
+                pipes.append(
+                    StreamPipe(number, f"pipe:[{inode}]", listed.outgoing, listed.size_bytes)
+                )
+        return Dumped(tuple(pipes), tuple(self._files), tuple(states))
+
+    def _take_back(self) -> None:
+        self._handing_over = False
+        if self._lifeline is not None:
+            self._lifeline.mux.retry_messages()
+
+    def _await_verdict(self, start: StartDeparture, doubt: str, tree: CapsuleTree) -> Outcome:
+        log.warning("%s: in doubt: %s", start.offer.transaction, doubt)
+        self._verdict = None
+        self._say(in_doubt(start, doubt))
+        while self._verdict is None:
+            self._reactor.turn()
+        state = State.RESUMED if self._verdict else State.ABORTED
+        self._journal.move(
+            start.offer.transaction, Side.SOURCE, state, after=State.COMMITTED
+        )
+        if self._verdict:
+            return Outcome(0.0, 0)
+        tree.put_back()
+        raise PeerError(f"host {start.destination}", "gave the migration up")
+
+    # ------------------------------------------------------------------ the guest's parent
+
+    def _watch_children(self) -> None:
+        reading, writing = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.signal(signal.SIGCHLD, lambda number, frame: None)
+        signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+
+        def child(events: int) -> None:
+            with contextlib.suppress(BlockingIOError):
+                os.read(reading, 4096)
+            if self._capsule is not None and self._criu:
+                self._reap()
+
+        self._reactor.register(reading, READ, child)
+
+    def _reap(self) -> None:
+        """Only our guest, and the criu that brought it: other children have others who wait."""
+        root = self._offer.ids.pid
+        while self._exit_code is None and not self._gone_on:
+            try:
+                found, status = os.waitpid(root, os.WNOHANG | os.WUNTRACED | os.WCONTINUED)
+            except ChildProcessError:
+                break
+            if not found:
+                break
+            self._changed(status)
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(self._criu, os.WNOHANG)
+        if os.getpid() == 1:
+            for pid in self._tree.pids():
+                with contextlib.suppress(ChildProcessError):
+                    os.waitpid(pid, os.WNOHANG)
+
+    def _changed(self, status: int) -> None:
+        if os.WIFSTOPPED(status):
+            self._to_guard(guestwords.Stopped(os.WSTOPSIG(status), self._offsets()))
+        elif os.WIFCONTINUED(status):
+            self._to_guard(guestwords.Continued())
+        else:
+            self._exit_code = os.waitstatus_to_exitcode(status)
+            log.info("%s: ended (%d)", self._guest, self._exit_code)
+            self._tell_end()
+
+    def _offsets(self) -> tuple[tuple[int, int], ...]:
+        return tuple(
+            (number, os.lseek(fd, 0, os.SEEK_CUR)) for number, fd in self._files.items()
+        )
+
+    def _tell_end(self) -> None:
+        """Tell the end once all output is at home: the deputy must not end before its last word."""
+        if self._exit_code is None or self._told_end or self._lifeline is None:
+            return
+        for source in self._sources.values():
+            source.drain()
+        for sink in self._sinks.values():
+            sink.settle()
+        senders = [self._lifeline.open(number).sender for number in self._listed]
+        if any(not sender.reset and sender.acked < sender.end for sender in senders):
+            self._reactor.call_later(END_POLL_SECONDS, self._tell_end)
+            return
+        self._told_end = True
+        self._to_guard(guestwords.Ended(self._exit_code, self._offsets()))
+        self._journal.move(
+            self._offer.transaction, Side.DESTINATION, State.ENDED, after=State.RESUMED
+        )
+        self._await_farewell(time.monotonic() + FAREWELL_SECONDS)
+
+    def _await_farewell(self, deadline: float) -> None:
+        """Leave when home has heard the end."""
+        assert self._lifeline is not None
+        control = self._lifeline.mux.streams[0].sender
+        if control.acked >= control.end or time.monotonic() > deadline:
+            self._finished = True
+        else:
+            self._reactor.call_later(END_POLL_SECONDS, lambda: self._await_farewell(deadline))
+
+    # ------------------------------------------------------------------ home
+
+    def _to_guard(self, word: guestwords.ToGuard) -> None:
+        if self._lifeline is not None:
+            self._lifeline.send_message(guestwords.encode(word))
+
+    def _heard(self, message: bytes) -> bool:
+        if self._handing_over:
+            return False
+        root = self._offer.ids.pid
+        match guestwords.decode_for_keeper(message):
+            case guestwords.Signal(number, value):
+                if self._exit_code is not None or not 1 <= number <= 64:
+                    return True
+                with contextlib.suppress(ProcessLookupError):
+                    if value is None:
+                        os.kill(root, number)
+                    else:
+                        syscalls.queue_signal(root, number, value)
+            case guestwords.Kill():
+                self._tree.kill()
+            case guestwords.GoOn(positions):
+                assert self._lifeline is not None
+                for number, received in positions:
+                    if number in self._listed:
+                        self._lifeline.open(number).sender.rewind(received)
+                self._start_sources()
+                for number in self._listed:
+                    sender = self._lifeline.open(number).sender
+                    if sender.pending:
+                        sender.on_pending()
+        return True
+
+    def _cut(self, reason: PeerError) -> None:
+        """Cut off is not dead, but a guest must not run on unseen for ever (invariant 7)."""
+        if self._exit_code is None and not self._gone_on:
+            log.warning("%s: lifeline: %s", self._guest, reason.reason)
+            self._reactor.call_later(self._offer.cut_freeze_seconds, self._freeze_if_cut)
+
+    def _freeze_if_cut(self) -> None:
+        if not self._lifeline_up() and self._exit_code is None and not self._handing_over:
+            log.warning("%s: frozen, home is silent", self._guest)
+            self._frozen_for_cut = True
+            self._tree.freeze()
+
+    def _lifeline_came(self) -> None:
+        if self._frozen_for_cut:
+            self._frozen_for_cut = False
+            self._tree.thaw()
+
+    def _attach_lifeline(self, fd_in: int, fd_out: int, hold: int) -> None:
+        if self._lifeline is None:
+            self._lifeline = Lifeline(
+                self._reactor,
+                self._guest,
+                epoch=self._offer.epoch,
+                leads=True,
+                on_message=self._heard,
+                on_up=self._lifeline_came,
+                on_down=self._cut,
+            )
+            if self._view is not None:
+                stream = self._lifeline.open(guestwords.VIEW_STREAM, VIEW_WINDOW)
+                self._duplex = Duplex(self._reactor, stream, self._view.socket.detach())
+        self._lifeline.attach(fd_in, fd_out)
+        if self._hold >= 0:
+            os.close(self._hold)
+        self._hold = hold
+
+    # ------------------------------------------------------------------ migd
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            sock, _ = self._server.accept()
+            link = Link(sock)
+            self._links.append(link)
+            self._reactor.register(link.fileno(), READ, lambda _: self._packet(link))
+
+    def _packet(self, link: Link) -> None:
+        received = link.receive()
+        if received is None:
+            self._reactor.unregister(link.fileno())
+            self._links.remove(link)
+            link.close()
+            return
+        packet, fds = received
+        match packet:
+            case Attach("bulk") if self._bulk is None and len(fds) == 3:
+                self._bulk = Bulk(
+                    self._reactor,
+                    self._offer.source,
+                    fds[0],
+                    fds[1],
+                    self._offer.freeze_limit_seconds,
+                    fds[2],
+                )
+            case Attach("lifeline") if len(fds) == 3:
+                self._attach_lifeline(*fds)
+            case StartDeparture() if self._hop is None and len(fds) == 2:
+                self._hop = (packet, fds)
+            case Verdict(resumed):
+                self._verdict = resumed
+            case EndGuest():
+                self._tree.kill()
+            case _:
+                for fd in fds:
+                    os.close(fd)
+
+    def _say(self, packet: Packet) -> None:
+        for link in self._links:
+            link.send(packet)
+
+    def _tell(self, step: str, sent_bytes: int) -> None:
+        self._say(Progress(step, sent_bytes))
+
+    def _close(self) -> None:
+        for source in self._sources.values():
+            source.close()
+        for sink in self._sinks.values():
+            sink.close()
+        if self._duplex is not None:
+            self._duplex.close()
+        if self._lifeline is not None:
+            self._lifeline.detach()
+        self._journal.close()
