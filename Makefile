@@ -1,17 +1,18 @@
 # One command each. On a fresh Debian 12 or 13, as root.
 PYTHON ?= python3
-PACKAGES = git iproute2 mmdebstrap openssh-client python3 python3-venv
+# mmdebstrap needs gpg (which keys sign the release) and mount; python3-venv brings pip.
+PACKAGES = git gpg iproute2 mmdebstrap mount openssh-client python3 python3-venv
 VENV = .venv/bin
 NODES = tests/testbed/nodes
 
-.PHONY: setup test demo lint bench down
+.PHONY: setup packages test demo lint bench down
 
 # What the testbed, the tests and the linters need.
 setup: packages .venv/installed
 
-.PHONY: packages
+# What the testbed needs.
 packages:
-	@dpkg-query --show $(PACKAGES) >/dev/null 2>&1 || \
+	@test "$$(dpkg-query -Wf '$${db:Status-Status}\n' $(PACKAGES) 2>&1 | sort -u)" = installed || \
 	  { apt-get -q update && DEBIAN_FRONTEND=noninteractive \
 	    apt-get -qy install --no-install-recommends $(PACKAGES); }
 
@@ -25,13 +26,11 @@ test: setup
 	$(VENV)/python -m pytest
 
 # Move a program through three nodes and home again, before one's eyes. Leaves the nodes up.
-demo: setup
-	tests/testbed/demo
+demo: packages
+	@tests/testbed/demo
 
 lint: setup
-	$(VENV)/ruff check .
-	$(VENV)/mypy
-	MYPYPATH=tests $(VENV)/mypy --strict -p testbed
+	$(VENV)/python -m pytest tests/unit/test_lint.py
 
 bench: setup
 	$(VENV)/python tests/bench

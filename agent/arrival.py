@@ -11,6 +11,7 @@ import fcntl
 import logging
 import os
 import signal
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +25,7 @@ from agent.journal import Journal, Side, State
 from agent.link import Commit, Dumped, Offer, Prepared, Ready, Resumed, StreamPipe
 from agent.reactor import Reactor
 from agent.session import spawn_in_session
-from agent.waiting import next_event, wait_frozen
+from agent.waiting import await_worker, next_event, wait_frozen
 from criu_hooks.calls import CriuCall, Done, InheritFd, RestoreRequest, spawn_swrk
 from criu_hooks.pages import PageImageWriter, PageStreamError
 from migrate.errors import CriuError, HostError, PeerError
@@ -32,6 +33,7 @@ from migrate.errors import CriuError, HostError, PeerError
 log = logging.getLogger(__name__)
 
 IMAGE_WAIT_SECONDS = 60.0
+WORKER_SECONDS = 20.0
 MAX_IMAGE_BYTES = 1 << 26
 LOG_DIR = Path("/var/log")
 
@@ -83,9 +85,12 @@ class Arrival:
         :raises MigrateError: nothing of it will ever run here; the caller records and says so.
         """
         self._tree.create()
+        await_worker(self._reactor, call, WORKER_SECONDS)
         self._bulk.send_message(Prepared())
         dumped = self._receive_images()
+        images_at = time.monotonic()
         arrived = self._restore(call, dumped)
+        restored_at = time.monotonic()
         before_ready(arrived)
         self._bulk.send_message(Ready())
         answer = self._bulk.receive_message(self._offer.freeze_limit_seconds)
@@ -96,6 +101,12 @@ class Arrival:
         ):
             raise HostError("journal", "the migration was given up meanwhile")
         self._tree.thaw()
+        log.info(
+            "%s: restored in %.1f ms, thawed %.1f ms later",
+            self._offer.transaction,
+            (restored_at - images_at) * 1000,
+            (time.monotonic() - restored_at) * 1000,
+        )
         with contextlib.suppress(PeerError):
             self._bulk.send_message(Resumed())
         return arrived

@@ -96,7 +96,8 @@ class Broker:
 
     def _settle_left(self, entry: Entry) -> None:
         """A transaction of which the journal says that it did not end."""
-        role = "guard" if entry.side is Side.SOURCE else "keeper"
+        fresh = entry.side is Side.SOURCE and entry.origin_cgroup
+        role = "guard" if fresh else "keeper"
         if self.agents.find(role, entry.guest) is not None:
             if entry.state is State.COMMITTED:
                 self._spawn(self._settle(entry))
@@ -111,6 +112,8 @@ class Broker:
             )
         elif entry.side is Side.DESTINATION:
             self._give_up(entry, "the keeper was killed")
+        elif not fresh:
+            self._hop_ended(entry)
         elif entry.state is State.BEGUN:
             self._roll_back(entry, "the guard was killed")
         else:
@@ -414,8 +417,8 @@ class Broker:
     async def _follow(self, agent: Agent, queue: asyncio.Queue[Packet], tell: Tell) -> Departed:
         while True:
             match await queue.get():
-                case Progress(step, sent_bytes):
-                    await tell(messages.Progress(step, sent_bytes))
+                case Progress(step, sent_bytes, at_ms):
+                    await tell(messages.Progress(step, sent_bytes, at_ms))
                 case Departed() as departed:
                     log.info(
                         "%s: moved to %s, frozen %.0f ms, %d bytes",
@@ -492,7 +495,13 @@ class Broker:
         for entry in self._journal.in_state(
             State.BEGUN, State.COMMITTED, State.OFFERED, State.RESUMED
         ):
-            if entry.guest != agent.guest or entry.side is not side:
+            if entry.guest != agent.guest:
+                continue
+            if entry.side is Side.SOURCE and not entry.origin_cgroup:
+                if agent.role == "keeper":
+                    self._hop_ended(entry)
+                continue
+            if entry.side is not side:
                 continue
             log.warning("%s: %s of %s was killed", entry.transaction, agent.role, entry.guest)
             if side is Side.DESTINATION:
@@ -504,6 +513,19 @@ class Broker:
             return
         if paths.GUESTS_DIR.joinpath(f"{agent.role}-{agent.guest}").exists():
             clean_up(agent.role, agent.guest)
+
+    def _hop_ended(self, entry: Entry) -> None:
+        """The keeper that drove a hop has ended in the middle of it, and its guest with it."""
+        if entry.state is State.BEGUN:
+            self._journal.move(
+                entry.transaction,
+                Side.SOURCE,
+                State.ABORTED,
+                after=State.BEGUN,
+                reason="the keeper was killed",
+            )
+        elif entry.state is State.COMMITTED:
+            self._spawn(self._settle(entry))
 
     def _give_up(self, entry: Entry, reason: str) -> None:
         state = State.ABORTED if entry.state is State.OFFERED else State.ENDED
@@ -577,9 +599,12 @@ class Broker:
         log.info(
             "%s: settled: %s", entry.transaction, "resumed there" if resumed else "aborted there"
         )
-        guard = self.agents.find("guard", entry.guest)
-        if guard is not None:
-            guard.link.send(Verdict(resumed))
+        driver = self.agents.find("guard" if entry.origin_cgroup else "keeper", entry.guest)
+        if driver is not None:
+            driver.link.send(Verdict(resumed))
+        elif not entry.origin_cgroup:
+            state = State.RESUMED if resumed else State.ABORTED
+            self._journal.move(entry.transaction, Side.SOURCE, state, after=State.COMMITTED)
         elif not resumed:
             if self._journal.move(
                 entry.transaction, Side.SOURCE, State.ABORTED, after=State.COMMITTED

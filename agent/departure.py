@@ -18,9 +18,9 @@ from typing import Protocol
 from agent.bulk import Bulk
 from agent.cgroups import Cgroup
 from agent.journal import Journal, Side, State
-from agent.link import Aborted, Commit, Dumped, Prepared, Ready, Resumed, StartDeparture
+from agent.link import Aborted, Commit, Dumped, Prepared, Progress, Ready, Resumed, StartDeparture
 from agent.reactor import READ, Reactor
-from agent.waiting import wait_frozen
+from agent.waiting import await_worker, wait_frozen
 from criu_hooks.calls import CriuCall, Done, DumpRequest, Event, spawn_swrk
 from criu_hooks.pages import PageSource
 from migrate.errors import CriuError, HostError, MigrateError, PeerError
@@ -79,14 +79,14 @@ class Departure:
         bulk: Bulk,
         start: StartDeparture,
         original: Original,
-        progress: Callable[[str, int], None],
+        progress: Callable[[Progress], None],
     ) -> None:
         self._reactor = reactor
         self._journal = journal
         self._bulk = bulk
         self._start = start
         self._original = original
-        self._progress = progress
+        self._report = progress
         self._patience = start.offer.freeze_limit_seconds
         self._frozen_at = 0.0
 
@@ -101,10 +101,11 @@ class Departure:
         transaction = self._start.offer.transaction
         try:
             self._expect(Prepared, PREPARE_SECONDS)
-            self._progress("prepared", 0)
+            await_worker(self._reactor, call, PREPARE_SECONDS)
+            self._progress("prepared")
             self._freeze_and_dump(call, images)
             self._expect(Ready, self._patience)
-            self._progress("ready", self._bulk.sent_bytes)
+            self._progress("ready")
             if not wait_frozen(self._reactor, self._original.cgroup, self._patience):
                 raise HostError("cgroup", "the tree did not stay frozen")
         except BaseException as error:
@@ -116,7 +117,12 @@ class Departure:
         if not self._journal.move(transaction, Side.SOURCE, State.COMMITTED, after=State.BEGUN):
             self._original.put_back()
             raise HostError("journal", "the migration was rolled back meanwhile")
+        self._progress("committed")
         return self._commit()
+
+    def _progress(self, step: str) -> None:
+        at_ms = (time.monotonic() - self._frozen_at) * 1000 if self._frozen_at else 0.0
+        self._report(Progress(step, self._bulk.sent_bytes, at_ms))
 
     def _commit(self) -> Outcome:
         try:
@@ -125,6 +131,7 @@ class Departure:
         except PeerError as error:
             raise InDoubt(str(error)) from error
         seconds = time.monotonic() - self._frozen_at
+        self._progress("resumed")
         if isinstance(answer, Resumed):
             self._journal.move(
                 self._start.offer.transaction, Side.SOURCE, State.RESUMED, after=State.COMMITTED
@@ -163,7 +170,9 @@ class Departure:
                 if not wait_frozen(self._reactor, self._original.cgroup, self._patience):
                     raise HostError("cgroup", "the tree does not freeze", "try again")
                 # Before criu holds it: a traced tree would not look as it is.
+                self._progress("frozen")
                 described = self._original.describe()
+                self._progress("described")
                 call.begin(
                     DumpRequest(
                         pid=self._original.pid,
@@ -177,7 +186,9 @@ class Departure:
                 )
                 theirs.close()
                 self._pump(call, ours)
+                self._progress("dumped")
                 self._send_images(images, described)
+                self._progress("sent")
         except BaseException:
             if criu:
                 os.kill(criu, signal.SIGKILL)
@@ -215,7 +226,7 @@ class Departure:
                 if event is None:
                     count = pending.pop()
                     self._bulk.send_pages(view[:count])
-                    self._progress("memory", self._bulk.sent_bytes)
+                    self._progress("memory")
                     if open_:
                         self._reactor.modify(pages.fileno(), READ)
                     continue

@@ -126,7 +126,7 @@ class Guard:
                 self._line = self._connect(start.destination)
                 self._line.lifeline.attach(fds[2], fds[3])
                 images.mkdir(mode=0o700)
-                departure = Departure(self._reactor, self._journal, bulk, start, tree, self._tell)
+                departure = Departure(self._reactor, self._journal, bulk, start, tree, self._say)
                 try:
                     outcome = departure.run(call, images)
                 except InDoubt as doubt:
@@ -456,9 +456,6 @@ class Guard:
     def _say(self, packet: Progress | Departed | Failed | NeedLifeline | Ended) -> None:
         for link in self._links:
             link.send(packet)
-
-    def _tell(self, step: str, sent_bytes: int) -> None:
-        self._say(Progress(step, sent_bytes))
 
     def _give_back(self) -> None:
         for sink in self._sinks:

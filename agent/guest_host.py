@@ -225,7 +225,7 @@ class GuestHost:
         try:
             with CriuCall() as call:
                 self._journal.record(self._hop_entry(start))
-                departure = Departure(self._reactor, self._journal, bulk, start, tree, self._tell)
+                departure = Departure(self._reactor, self._journal, bulk, start, tree, self._say)
                 try:
                     outcome = departure.run(call, directory)
                 except InDoubt as doubt:
@@ -507,9 +507,6 @@ class GuestHost:
     def _say(self, packet: Packet) -> None:
         for link in self._links:
             link.send(packet)
-
-    def _tell(self, step: str, sent_bytes: int) -> None:
-        self._say(Progress(step, sent_bytes))
 
     def _close(self) -> None:
         for source in self._sources.values():

@@ -99,10 +99,11 @@ class GuestLost(msgspec.Struct, frozen=True, tag="lost"):
 
 
 class Progress(msgspec.Struct, frozen=True, tag="progress"):
-    """How far a departure is."""
+    """How far a departure is. `at_ms`: since the freeze, negative before it."""
 
     step: Name
     sent_bytes: int = 0
+    at_ms: float = 0.0
 
 
 class Departed(msgspec.Struct, frozen=True, tag="departed"):

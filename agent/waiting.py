@@ -8,7 +8,8 @@ from collections.abc import Callable
 
 from agent.cgroups import Cgroup
 from agent.reactor import READ, Reactor
-from criu_hooks.calls import CriuCall, Done, Event
+from criu_hooks.calls import READY, CriuCall, Done, Event, Notify
+from migrate.errors import CriuError
 
 
 def wait_for(reactor: Reactor, fd: int, events: int, seconds: float) -> bool:
@@ -43,6 +44,16 @@ def next_event(reactor: Reactor, call: CriuCall, seconds: float) -> Event:
     if not wait_for(reactor, call.fileno(), READ, seconds):
         return Done(False, f"criu made no progress for {seconds:g} seconds")
     return call.receive(1)
+
+
+def await_worker(reactor: Reactor, call: CriuCall, seconds: float) -> None:
+    """Before anything freezes: until the process that talks to CRIU has started.
+
+    :raises CriuError: it has not, in time.
+    """
+    event = next_event(reactor, call, seconds)
+    if not isinstance(event, Notify) or event.script != READY:
+        raise CriuError("criu", "the process that talks to it does not start")
 
 
 def wait_frozen(reactor: Reactor, cgroup: Cgroup, seconds: float) -> bool:

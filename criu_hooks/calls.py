@@ -24,6 +24,8 @@ from migrate.errors import CriuError, HostError
 
 CRIU_PATHS = ("/usr/sbin/criu", "/usr/local/sbin/criu")
 MAX_MESSAGE = 1 << 16
+READY = "worker-ready"
+"""The script name of the first Notify: the worker has started. It waits for no answer."""
 
 
 class InheritFd(msgspec.Struct, frozen=True):

@@ -21,6 +21,7 @@ from criu_hooks.calls import (
     FeatureRequest,
     Notify,
     Proceed,
+    READY,
     Request,
     RestoreRequest,
 )
@@ -107,6 +108,7 @@ def main() -> None:
     """Serve one call for the owner on stdin."""
     with socket.socket(fileno=0) as owner:
         try:
+            _tell(owner, Notify(READY))
             _tell(owner, _serve(owner))
         except OSError as error:
             sys.exit(f"criu worker: {error}")

@@ -3,11 +3,16 @@
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from migrate.errors import MigrateError, UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from migrate import messages
 
 EXIT_FAILURE = 125
 
@@ -68,6 +73,35 @@ def join(
     _say(f"joined {joined.name} (id {joined.id}) at {joined.address}")
 
 
+@app.command("ps")
+def list_processes() -> None:
+    """List processes that are away from here, and guests that run here."""
+    from migrate import messages
+    from migrate.listing import table
+
+    for reply in _ask(messages.ListGuests()):
+        if isinstance(reply, messages.Guests):
+            for line in table(reply.rows, sys.stdout.isatty()):
+                _say(line)
+
+
+@app.command()
+def recover(
+    lost: Annotated[
+        str,
+        typer.Option(metavar="HOST", help="My word that HOST is lost for good, with all it ran."),
+    ] = "",
+) -> None:
+    """Settle migrations in doubt, whose destination has not confirmed."""
+    from migrate import messages
+
+    _require_root("recover")
+    for reply in _ask(messages.Recover(lost)):
+        if isinstance(reply, messages.Recovered):
+            for line in reply.lines or ("nothing is in doubt",):
+                _say(line)
+
+
 @app.command("accept-join", hidden=True)
 def accept_join() -> None:
     """The other side of `join`: reads a request on stdin, answers on stdout."""
@@ -100,6 +134,17 @@ def main() -> None:
             raise
         _fail(f"internal error: {type(error).__name__}: {error}")
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def _ask(request: "messages.Request") -> "Iterator[messages.Reply]":
+    """Ask migd. Its refusal is raised."""
+    from migrate import client, messages
+
+    for reply in client.ask(request):
+        if isinstance(reply, messages.Refused):
+            first = reply.obstacles[0]
+            raise MigrateError(first.what, first.reason, first.remedy)
+        yield reply
 
 
 def _fail(reason: str) -> None:

@@ -29,7 +29,7 @@ class _Reporter:
     def progress(self, progress: messages.Progress) -> None:
         if self._debug:
             print(
-                f"{format_pid(self._pid)}: {progress.step} ({progress.sent_bytes} bytes)",
+                f"{format_pid(self._pid)}: {progress.step} ({progress.sent_bytes} bytes, {progress.at_ms:.1f} ms after the freeze)",
                 file=sys.stderr,
             )
         elif self._line and progress.sent_bytes:

@@ -41,10 +41,11 @@ class Recover(msgspec.Struct, frozen=True, tag="recover"):
 
 
 class Progress(msgspec.Struct, frozen=True, tag="progress"):
-    """A step of a migration."""
+    """A step of a migration. `at_ms`: since the freeze; 0 before it."""
 
     step: str
     sent_bytes: int = 0
+    at_ms: float = 0.0
 
 
 class Moved(msgspec.Struct, frozen=True, tag="moved"):

@@ -1,0 +1,33 @@
+"""The table of `migctl ps`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+
+from migrate.messages import GuestRow
+from migrate.pids import format_pid
+
+_TITLES = ("PID", "USER", "HOME", "WHERE", "SINCE", "STATE", "COMMAND")
+
+
+def table(rows: Iterable[GuestRow], for_people: bool) -> Iterator[str]:
+    """Aligned columns with titles for people, tab-separated values for programs."""
+    cells = [
+        (
+            format_pid(row.pid),
+            row.user,
+            row.home,
+            row.where,
+            time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(row.since)),
+            row.state,
+            "".join(c if c.isprintable() else "?" for c in row.command),
+        )
+        for row in rows
+    ]
+    if not for_people:
+        yield from ("\t".join(line) for line in cells)
+        return
+    widths = [max(len(line[i]) for line in [_TITLES, *cells]) for i in range(len(_TITLES))]
+    for line in [_TITLES, *cells]:
+        yield "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()

@@ -1,0 +1,185 @@
+"""The demonstration, tests/testbed/demo: one program, three hosts, and nobody at home notices.
+
+Everything on the screen is what alice would see: the lines of her shell, indented, and at the
+left the commands she types in another window, with what these print.
+"""
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+
+from testbed.client import CommandFailed, Nodes, exec_command, program_of
+from testbed.errors import TestbedError
+
+HOME = "node1"
+LINES = 40
+EXIT_STATUS = 7
+# After which line of the program alice moves it, and where to.
+STOPS = ((8, "node2"), (17, "node3"), (26, "node1"))
+
+# Computes, prints, appends to a file; its exit status is its own.
+PRIMES = f"""\
+import sys, time
+
+def is_prime(n):
+    return all(n % d for d in range(2, int(n**0.5) + 1))
+
+n, found = 1, 0
+with open("primes.log", "w", buffering=1) as log:
+    for line in range(1, {LINES} + 1):
+        while found < line * 1000:
+            n += 1
+            found += is_prime(n)
+        text = f"{{line:3}}  the {{found:,}}th prime is {{n:,}}"
+        print(text, flush=True)
+        print(text, file=log)
+        time.sleep(0.1)
+sys.exit({EXIT_STATUS})
+"""
+JOB = """\
+python3 primes.py &
+echo "its pid is $!"
+wait $!
+echo "wait returned $?"
+"""
+
+
+class DemoFailed(Exception):
+    """What was to be shown is not so."""
+
+
+@dataclass
+class Shell:
+    """Alice's shell while it runs; shows each of its lines on the screen as it comes."""
+
+    process: subprocess.Popen[bytes]
+    lines: list[str] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)
+    _changed: threading.Condition = field(default_factory=threading.Condition)
+    _ended: bool = False
+
+    def read(self) -> None:
+        """Take what comes until the end; runs in a thread of its own."""
+        assert self.process.stdout is not None
+        for raw in self.process.stdout:
+            text = raw.decode(errors="replace").rstrip("\n")
+            with self._changed:
+                say(f"        {text}")
+                self.lines.append(text)
+                self.times.append(time.monotonic())
+                self._changed.notify_all()
+        with self._changed:
+            self._ended = True
+            self._changed.notify_all()
+
+    def wait_for(self, count: int) -> None:
+        """Return when it has written `count` lines. :raises DemoFailed: it ends or hangs before."""
+        with self._changed:
+            good = self._changed.wait_for(lambda: self._ended or len(self.lines) >= count, 60)
+        if not good or len(self.lines) < count:
+            raise DemoFailed(f"the shell wrote {len(self.lines)} lines and then no more")
+
+
+def say(text: str = "") -> None:
+    """One line on the screen, at once."""
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
+def _show(nodes: Nodes, user: str, *command: str) -> str:
+    """Run a command at home as it would be typed there; command and output are shown."""
+    say(f"{user}@{HOME}{'#' if user == 'root' else '$'} {' '.join(command)}")
+    done = nodes.exec(HOME, command, user=user, check=False)
+    for line in (done.stdout + done.stderr).splitlines():
+        say(line)
+    if done.status != 0:
+        raise DemoFailed(f"`{' '.join(command)}` ended with status {done.status}")
+    return done.stdout
+
+
+def _start(nodes: Nodes) -> Shell:
+    for name, text in (("primes.py", PRIMES), ("job.sh", JOB)):
+        nodes.exec(HOME, ["sh", "-c", 'cat >"$1"', "sh", name], user="alice", stdin=text)
+    say(f"\nOn {HOME}, alice's shell starts a program that looks for primes, and waits for it.")
+    say("What the shell prints is shown to the right, as it comes.\n")
+    _show(nodes, "alice", "cat", "job.sh")
+    say(f"alice@{HOME}$ bash job.sh")
+    command = exec_command(nodes.testbed, HOME, ["bash", "job.sh"], user="alice")
+    shell = Shell(
+        subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # a ^C is the demo's: it ends what it started
+        )
+    )
+    threading.Thread(target=shell.read, daemon=True).start()
+    return shell
+
+
+def _travel(nodes: Nodes, shell: Shell) -> int:
+    """Move the program from stop to stop. :return: its pid. :raises DemoFailed:"""
+    shell.wait_for(1)
+    pid = int(shell.lines[0].split()[-1])
+    look = ("ps", "-o", "pid,ppid,user,stat,start", "-p", str(pid))
+    shell.wait_for(4)
+    at_first = _show(nodes, "alice", *look).split()
+    for line, host in STOPS:
+        shell.wait_for(line)
+        _show(nodes, "alice", "migrate", "-v", "-p", f"{pid:#x}", "-h", host)
+        shell.wait_for(len(shell.lines) + 3)
+        _show(nodes, "alice", "migctl", "ps")
+        if _show(nodes, "alice", *look).split()[5:8] != at_first[5:8]:
+            raise DemoFailed("at home it is no longer the same process")
+    return pid
+
+
+def _check(nodes: Nodes, shell: Shell, pid: int) -> None:
+    """Say what the run has shown. :raises DemoFailed:"""
+    shell.wait_for(LINES + 2)
+    shell.process.wait()
+    numbers = [int(text.split()[0]) for text in shell.lines[1:-1]]
+    if numbers != list(range(1, LINES + 1)):
+        raise DemoFailed(f"the shell's lines are {numbers}")
+    log = nodes.sh(HOME, "cat primes.log", user="alice").splitlines()
+    if log != [text.lstrip("\n") for text in shell.lines[1:-1]]:
+        raise DemoFailed("the file in alice's home does not hold the same lines")
+    if shell.lines[-1] != f"wait returned {EXIT_STATUS}":
+        raise DemoFailed(f"the shell's last line is {shell.lines[-1]!r}")
+    gaps = [after - before for before, after in zip(shell.times, shell.times[1:], strict=False)]
+    say(f"\nAll {LINES} lines reached the shell in order, none missing, none twice;")
+    say(f"the longest silence between two was {max(gaps):.2f} s.")
+    say(f"The file primes.log in alice's home on {HOME} holds the same {LINES} lines.")
+    say(f"At home it was process {pid} all the time, with the same parent and user.")
+    say(f"`wait` in her shell returned {EXIT_STATUS}: the program's own exit status.")
+
+
+def _demonstrate() -> None:
+    nodes = Nodes()
+    program = os.path.relpath(program_of(nodes.testbed))
+    subprocess.run([sys.executable, "-IS", program, "up"], check=True)
+    shell = _start(nodes)
+    try:
+        pid = _travel(nodes, shell)
+        _check(nodes, shell, pid)
+    finally:
+        shell.process.terminate()
+    say("\nThe nodes stay up. To enter one, and to stop them:\n")
+    say(f"    {program} exec {HOME} --user alice --tty -- bash")
+    say(f"    {program} down")
+
+
+def main() -> None:
+    """Show it; exits with 1 and the reason if it could not be shown."""
+    try:
+        _demonstrate()
+    except (DemoFailed, TestbedError, CommandFailed) as error:
+        sys.exit(f"demo: {error}")
+    except subprocess.CalledProcessError:
+        sys.exit("demo: the nodes could not be started")
+    except KeyboardInterrupt:
+        sys.exit(130)
