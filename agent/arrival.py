@@ -164,6 +164,8 @@ class Arrival:
             call.begin(
                 RestoreRequest(
                     images_fd=images_fd,
+                    uid=self._offer.owner.uid,
+                    gids=(self._offer.owner.gid, *self._offer.owner.groups),
                     inherit_fds=tuple(InheritFd(key, fd) for key, fd in inherited.items()),
                     shell_job=self._offer.ids.sid != self._offer.ids.pid,
                     log_path=str(self._images / "restore.log"),

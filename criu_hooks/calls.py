@@ -54,6 +54,10 @@ class RestoreRequest(msgspec.Struct, frozen=True, tag="restore"):
     """criu restore of images in a directory, as siblings of criu."""
 
     images_fd: int
+    uid: int
+    """whose every process in the images must be"""
+    gids: tuple[int, ...]
+    """of which they may have any"""
     inherit_fds: tuple[InheritFd, ...]
     shell_job: bool
     log_path: str
@@ -180,7 +184,10 @@ class CriuCall:
         if self._rpc is None or self._criu_end is None:
             raise RuntimeError("spawn_swrk comes first")
         self._criu_end.close()
-        socket.send_fds(self._channel, [_encode(request)], [self._rpc.fileno()])
+        fds = [self._rpc.fileno()]
+        if isinstance(request, RestoreRequest):
+            fds.append(request.images_fd)
+        socket.send_fds(self._channel, [_encode(request)], fds)
         self._rpc.close()
 
     def receive(self, timeout_seconds: float | None = None) -> Event:

@@ -7,6 +7,7 @@ here: send one request, answer each NOTIFY, stop at the response.
 
 from __future__ import annotations
 
+import os
 import socket
 import sys
 
@@ -25,6 +26,7 @@ from criu_hooks.calls import (
     Request,
     RestoreRequest,
 )
+from criu_hooks.images import ImageError, check_rights
 from criu_hooks.log import cause
 
 LOG_LEVEL = 2
@@ -65,11 +67,18 @@ def _build(request: Request) -> rpc_pb2.criu_req:
 
 
 def _serve(owner: socket.socket) -> Done:
-    data, fds, _, _ = socket.recv_fds(owner, MAX_MESSAGE, 1)
+    data, fds, _, _ = socket.recv_fds(owner, MAX_MESSAGE, 2)
     if not data:
         return Done(ok=True)
     request = msgspec.msgpack.decode(data, type=Request)
     with socket.socket(fileno=fds[0]) as criu:
+        if isinstance(request, RestoreRequest):
+            try:
+                check_rights(fds[1], request.uid, frozenset(request.gids))
+            except ImageError as error:
+                return Done(False, f"the images were refused: {error}")
+            finally:
+                os.close(fds[1])
         criu.send(_build(request).SerializeToString())
         while True:
             reply = criu.recv(MAX_MESSAGE)

@@ -83,29 +83,34 @@ class Shell:
             raise DemoFailed(f"the shell wrote {len(self.lines)} lines and then no more")
 
 
-def say(text: str = "") -> None:
-    """One line on the screen, at once."""
-    sys.stdout.write(f"{text}\n")
+def say(*lines: str) -> None:
+    """Lines on the screen, at once and together."""
+    sys.stdout.write("".join(f"{line}\n" for line in lines))
     sys.stdout.flush()
 
 
-def _show(nodes: Nodes, user: str, *command: str) -> str:
-    """Run a command at home as it would be typed there; command and output are shown."""
-    say(f"{user}@{HOME}{'#' if user == 'root' else '$'} {' '.join(command)}")
-    done = nodes.exec(HOME, command, user=user, check=False)
-    for line in (done.stdout + done.stderr).splitlines():
-        say(line)
+def _type(nodes: Nodes, user: str, node: str, *command: str, at_once: bool = True) -> str:
+    """Run a command as it would be typed on a node; command and output are shown.
+
+    :param at_once: show both together; else the command already before it runs.
+    """
+    words = " ".join(command)
+    prompt = f"{user}@{node}{'#' if user == 'root' else '$'} {words}"
+    if not at_once:
+        say(prompt)
+    done = nodes.exec(node, command, user=user, check=False)
+    say(*([prompt] if at_once else []), *(done.stdout + done.stderr).splitlines())
     if done.status != 0:
-        raise DemoFailed(f"`{' '.join(command)}` ended with status {done.status}")
+        raise DemoFailed(f"`{words}` ended with status {done.status}")
     return done.stdout
 
 
 def _start(nodes: Nodes) -> Shell:
     for name, text in (("primes.py", PRIMES), ("job.sh", JOB)):
         nodes.exec(HOME, ["sh", "-c", 'cat >"$1"', "sh", name], user="alice", stdin=text)
-    say(f"\nOn {HOME}, alice's shell starts a program that looks for primes, and waits for it.")
-    say("What the shell prints is shown to the right, as it comes.\n")
-    _show(nodes, "alice", "cat", "job.sh")
+    say(f"\nOn {HOME} alice's shell starts a program that looks for primes, and waits for it.")
+    say("What the shell prints is indented, and shown as it comes.\n")
+    _type(nodes, "alice", HOME, "cat", "job.sh")
     say(f"alice@{HOME}$ bash job.sh")
     command = exec_command(nodes.testbed, HOME, ["bash", "job.sh"], user="alice")
     shell = Shell(
@@ -125,15 +130,18 @@ def _travel(nodes: Nodes, shell: Shell) -> int:
     """Move the program from stop to stop. :return: its pid. :raises DemoFailed:"""
     shell.wait_for(1)
     pid = int(shell.lines[0].split()[-1])
-    look = ("ps", "-o", "pid,ppid,user,stat,start", "-p", str(pid))
+    look = ("ps", "-o", "pid,ppid,user,start", "-p", str(pid))
     shell.wait_for(4)
-    at_first = _show(nodes, "alice", *look).split()
+    at_first = _type(nodes, "alice", HOME, *look)
     for line, host in STOPS:
         shell.wait_for(line)
-        _show(nodes, "alice", "migrate", "-v", "-p", f"{pid:#x}", "-h", host)
-        shell.wait_for(len(shell.lines) + 3)
-        _show(nodes, "alice", "migctl", "ps")
-        if _show(nodes, "alice", *look).split()[5:8] != at_first[5:8]:
+        move = ("migrate", "-v", "-p", f"{pid:#x}", "-h", host)
+        _type(nodes, "alice", HOME, *move, at_once=False)
+        shell.wait_for(len(shell.lines) + 2)
+        if host != HOME:
+            _type(nodes, "root", host, "ps", "-u", "alice", "-o", "user,time,args")
+            _type(nodes, "alice", HOME, "migctl", "ps")
+        if _type(nodes, "alice", HOME, *look) != at_first:
             raise DemoFailed("at home it is no longer the same process")
     return pid
 
@@ -151,11 +159,13 @@ def _check(nodes: Nodes, shell: Shell, pid: int) -> None:
     if shell.lines[-1] != f"wait returned {EXIT_STATUS}":
         raise DemoFailed(f"the shell's last line is {shell.lines[-1]!r}")
     gaps = [after - before for before, after in zip(shell.times, shell.times[1:], strict=False)]
-    say(f"\nAll {LINES} lines reached the shell in order, none missing, none twice;")
-    say(f"the longest silence between two was {max(gaps):.2f} s.")
-    say(f"The file primes.log in alice's home on {HOME} holds the same {LINES} lines.")
-    say(f"At home it was process {pid} all the time, with the same parent and user.")
-    say(f"`wait` in her shell returned {EXIT_STATUS}: the program's own exit status.")
+    say(
+        f"\nAll {LINES} lines reached the shell in order, none missing, none twice;",
+        f"the longest silence between two was {max(gaps):.2f} s.",
+        f"The file primes.log in alice's home on {HOME} holds the same {LINES} lines.",
+        f"At home it was process {pid} all the time, with the same parent.",
+        f"`wait` in her shell returned {EXIT_STATUS}: the program's own exit status.",
+    )
 
 
 def _demonstrate() -> None:
@@ -168,9 +178,11 @@ def _demonstrate() -> None:
         _check(nodes, shell, pid)
     finally:
         shell.process.terminate()
-    say("\nThe nodes stay up. To enter one, and to stop them:\n")
-    say(f"    {program} exec {HOME} --user alice --tty -- bash")
-    say(f"    {program} down")
+    say(
+        "\nThe nodes stay up. To enter one, and to stop them:\n",
+        f"    {program} exec {HOME} --user alice --tty -- bash",
+        f"    {program} down",
+    )
 
 
 def main() -> None:
