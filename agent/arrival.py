@@ -20,6 +20,7 @@ from agent import syscalls
 from agent.bulk import IMAGE, PAGES, Bulk, parse_image
 from agent.capsule import Capsule
 from agent.cgroups import Cgroup, guest_path
+from agent.faults import reach
 from agent.identity import take_identity
 from agent.journal import Journal, Side, State
 from agent.link import Commit, Dumped, Offer, Prepared, Ready, Resumed, StreamPipe
@@ -86,21 +87,27 @@ class Arrival:
         """
         self._tree.create()
         await_worker(self._reactor, call, WORKER_SECONDS)
+        reach("destination-prepared")
         self._bulk.send_message(Prepared())
         dumped = self._receive_images()
         images_at = time.monotonic()
+        reach("destination-received")
         arrived = self._restore(call, dumped)
         restored_at = time.monotonic()
         before_ready(arrived)
+        reach("destination-restored")
         self._bulk.send_message(Ready())
         answer = self._bulk.receive_message(self._offer.freeze_limit_seconds)
+        reach("destination-commit")
         if not isinstance(answer, Commit):
             raise PeerError(f"host {self._offer.source}", "it breaks the protocol of migrations")
         if not self._journal.move(
             self._offer.transaction, Side.DESTINATION, State.RESUMED, after=State.OFFERED
         ):
             raise HostError("journal", "the migration was given up meanwhile")
+        reach("destination-recorded")
         self._tree.thaw()
+        reach("destination-thawed")
         log.info(
             "%s: restored in %.1f ms, thawed %.1f ms later",
             self._offer.transaction,

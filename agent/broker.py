@@ -8,6 +8,7 @@ import logging
 import os
 import pwd
 import secrets
+import signal
 import socket
 import time
 from collections.abc import Awaitable, Callable
@@ -44,7 +45,7 @@ from criu_hooks.preflight import Report, check, examine
 from criu_hooks.proc import boot_id, pid_starttime
 from criu_hooks.tree import ProcessTree
 from migrate import messages, paths
-from migrate.config import Config, Host
+from migrate.config import Config, Host, load_config
 from migrate.errors import HostError, MigrateError, PeerError, UserError
 
 log = logging.getLogger(__name__)
@@ -93,6 +94,13 @@ class Broker:
         self.agents.find_again()
         for entry in self._journal.in_state(State.BEGUN, State.COMMITTED, State.OFFERED):
             self._settle_left(entry)
+        for entry in self._journal.in_state(State.RESUMED):
+            if entry.boot_id != self._boot_id:
+                continue
+            if entry.side is Side.DESTINATION and not self.agents.find("keeper", entry.guest):
+                self._give_up(entry, "the keeper was killed")
+            elif entry.origin_cgroup and not self.agents.find("guard", entry.guest):
+                self._guard_lost(entry)
 
     def _settle_left(self, entry: Entry) -> None:
         """A transaction of which the journal says that it did not end."""
@@ -118,6 +126,19 @@ class Broker:
             self._roll_back(entry, "the guard was killed")
         else:
             self._spawn(self._settle(entry))
+
+    def is_peer(self, name: str) -> bool:
+        """Whether a host of this name is configured now."""
+        return any(host.name == name for host in self._config.peers)
+
+    def reload(self) -> None:
+        """Read the configuration again (SIGHUP); a wrong one is told and changes nothing."""
+        try:
+            self._config = load_config()
+        except MigrateError as error:
+            log.error("configuration not reloaded: %s", error)
+        else:
+            log.info("configuration reloaded, %d hosts", len(self._config.hosts))
 
     def close(self) -> None:
         """Agents run on."""
@@ -510,9 +531,46 @@ class Broker:
                 self._roll_back(entry, "the guard was killed")
             elif entry.state is State.COMMITTED:
                 self._spawn(self._settle(entry))
+            else:
+                self._guard_lost(entry)
             return
         if paths.GUESTS_DIR.joinpath(f"{agent.role}-{agent.guest}").exists():
             clean_up(agent.role, agent.guest)
+
+    def _guard_lost(self, entry: Entry) -> None:
+        """The guest runs elsewhere, but its guard, which held its pipes and files, was killed.
+
+        Nobody can take that over: guest and deputy end, as if killed.
+        """
+        self._journal.move(
+            entry.transaction,
+            Side.SOURCE,
+            State.ENDED,
+            after=entry.state,
+            reason="the guard was killed",
+        )
+        Cgroup(guest_path("guard", entry.guest, "tree")).kill()
+        with contextlib.suppress(OSError, MigrateError):
+            if pid_starttime(entry.pid) == entry.starttime_ticks:
+                os.kill(entry.pid, signal.SIGKILL)
+        clean_up("guard", entry.guest)
+        log.warning("%s: lost: the guard of pid %d was killed", entry.transaction, entry.pid)
+        self._spawn(self._end_there(entry.guest, entry.peer))
+
+    async def _end_there(self, guest: str, name: str) -> None:
+        """Have a guest ended that nobody stands for at home any more."""
+        question = peer_messages.encode(peer_messages.DropGuest(guest))
+        if name == self._config.name:
+            self.end_guest(guest, "its guard was killed")
+            return
+        while True:
+            try:
+                control = self._peers.control(self._config.host_named(name))
+                await control.request(question, OFFER_SECONDS)
+                return
+            except PeerError as error:
+                log.info("%s: to be ended on %s: %s", guest, name, error)
+                await asyncio.sleep(RETRY_SECONDS)
 
     def _hop_ended(self, entry: Entry) -> None:
         """The keeper that drove a hop has ended in the middle of it, and its guest with it."""
@@ -612,15 +670,7 @@ class Broker:
                 put_back(Cgroup(guest_path("guard", entry.guest, "tree")), Path(entry.origin_cgroup))
                 clean_up("guard", entry.guest)
         else:
-            # It runs there, but its guard, which held its pipes and files, was killed.
-            self._journal.move(
-                entry.transaction,
-                Side.SOURCE,
-                State.ENDED,
-                after=State.COMMITTED,
-                reason="the guard was killed",
-            )
-            clean_up("guard", entry.guest)
+            self._guard_lost(entry)
 
     # ------------------------------------------------------------------ peers
 
@@ -646,6 +696,12 @@ class Broker:
                 keeper = self.agents.find("keeper", guest)
                 mine = keeper is not None and keeper.offer is not None and keeper.offer.home == peer
                 return peer_messages.encode(peer_messages.GuestIs(mine))
+            case peer_messages.DropGuest(guest):
+                keeper = self.agents.find("keeper", guest)
+                mine = keeper is not None and keeper.offer is not None and keeper.offer.home == peer
+                if mine:
+                    self.end_guest(guest, "home has given it up")
+                return peer_messages.encode(peer_messages.GuestIs(False))
             case peer_messages.MoveGuest(guest, destination):
                 keeper = self.agents.find("keeper", guest)
                 if keeper is None or keeper.offer is None or keeper.offer.home != peer:

@@ -17,6 +17,7 @@ from typing import Protocol
 
 from agent.bulk import Bulk
 from agent.cgroups import Cgroup
+from agent.faults import reach
 from agent.journal import Journal, Side, State
 from agent.link import Aborted, Commit, Dumped, Prepared, Progress, Ready, Resumed, StartDeparture
 from agent.reactor import READ, Reactor
@@ -106,6 +107,7 @@ class Departure:
             self._freeze_and_dump(call, images)
             self._expect(Ready, self._patience)
             self._progress("ready")
+            reach("source-ready")
             if not wait_frozen(self._reactor, self._original.cgroup, self._patience):
                 raise HostError("cgroup", "the tree did not stay frozen")
         except BaseException as error:
@@ -118,6 +120,7 @@ class Departure:
             self._original.put_back()
             raise HostError("journal", "the migration was rolled back meanwhile")
         self._progress("committed")
+        reach("source-committed")
         return self._commit()
 
     def _progress(self, step: str) -> None:
@@ -132,6 +135,7 @@ class Departure:
             raise InDoubt(str(error)) from error
         seconds = time.monotonic() - self._frozen_at
         self._progress("resumed")
+        reach("source-answered")
         if isinstance(answer, Resumed):
             self._journal.move(
                 self._start.offer.transaction, Side.SOURCE, State.RESUMED, after=State.COMMITTED
@@ -158,6 +162,7 @@ class Departure:
             raise PeerError(f"host {self._bulk.peer}", "it breaks the protocol of migrations")
 
     def _freeze_and_dump(self, call: CriuCall, images: Path) -> None:
+        reach("source-begun")
         self._original.gather()
         ours, theirs = socket.socketpair()
         images_fd = os.open(images, os.O_RDONLY | os.O_DIRECTORY)
@@ -171,6 +176,7 @@ class Departure:
                     raise HostError("cgroup", "the tree does not freeze", "try again")
                 # Before criu holds it: a traced tree would not look as it is.
                 self._progress("frozen")
+                reach("source-frozen")
                 described = self._original.describe()
                 self._progress("described")
                 call.begin(
@@ -187,6 +193,7 @@ class Departure:
                 theirs.close()
                 self._pump(call, ours)
                 self._progress("dumped")
+                reach("source-dumped")
                 self._send_images(images, described)
                 self._progress("sent")
         except BaseException:

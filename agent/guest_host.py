@@ -32,7 +32,6 @@ from agent.link import (
     Link,
     Offer,
     Packet,
-    Progress,
     StartDeparture,
     StreamPipe,
     Verdict,
@@ -498,8 +497,10 @@ class GuestHost:
                 self._hop = (packet, fds)
             case Verdict(resumed):
                 self._verdict = resumed
-            case EndGuest():
+            case EndGuest(reason):
+                log.warning("%s: ended: %s", self._guest, reason)
                 self._tree.kill()
+                self._finished = True
             case _:
                 for fd in fds:
                     os.close(fd)

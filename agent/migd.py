@@ -14,7 +14,7 @@ import sys
 
 from agent.broker import Broker
 from agent.clients import ClientServer
-from agent.peers import Peers, PeerServer, own_hello
+from agent.peers import Patience, Peers, PeerServer, own_hello
 from criu_hooks.calls import criu_path
 from migrate import paths
 from migrate.config import Config, load_config
@@ -54,12 +54,14 @@ async def serve(config: Config, criu_version: str) -> None:
     """Run until SIGTERM."""
     user = pwd.getpwnam(paths.PEER_USER)
     own = own_hello(config.name)
-    names = {host.name for host in config.peers}
-    async with Peers(own) as peers:
+    patience = Patience(
+        connect_seconds=config.connect_seconds, answer_seconds=config.peer_answer_seconds
+    )
+    async with Peers(own, patience=patience) as peers:
         broker = Broker(config, peers, criu_version)
         server = PeerServer(
             own,
-            lambda name: name in names,
+            broker.is_peer,
             broker.answer,
             broker.incoming,
             group_id=user.pw_gid,
@@ -70,6 +72,7 @@ async def serve(config: Config, criu_version: str) -> None:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
+        loop.add_signal_handler(signal.SIGHUP, broker.reload)
         try:
             server.start()
             broker.start()

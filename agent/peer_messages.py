@@ -67,6 +67,12 @@ class AskGuest(msgspec.Struct, frozen=True, tag="ask-guest"):
     guest: Name
 
 
+class DropGuest(msgspec.Struct, frozen=True, tag="drop-guest"):
+    """Home's migd: nobody stands for this guest at home any more: end it."""
+
+    guest: Name
+
+
 class GuestIs(msgspec.Struct, frozen=True, tag="guest-is"):
     """Whether its keeper runs here."""
 
@@ -80,7 +86,7 @@ class GuestMoved(msgspec.Struct, frozen=True, tag="guest-moved"):
     sent_bytes: int
 
 
-Question = AskLoad | MakeOffer | AskOutcome | MoveGuest | ConnectGuest | AskGuest
+Question = AskLoad | MakeOffer | AskOutcome | MoveGuest | ConnectGuest | AskGuest | DropGuest
 Answer = Load | Accepted | OutcomeIs | GuestMoved | Connected | GuestIs
 
 encode = msgspec.msgpack.Encoder().encode

@@ -43,7 +43,8 @@ class Peers:
         self._identity = identity
         self._patience = patience
         self._controls: dict[str, ControlConnection] = {}
-        self.raw = RawPool(own, identity, patience)
+        # A first migration takes two: for the images, and for the lifeline.
+        self.raw = RawPool(own, identity, patience, spares=2)
 
     async def __aenter__(self) -> "Peers":
         return self

@@ -58,7 +58,11 @@ def _check(name: str, core: core_pb2.core_entry, uid: int, gids: frozenset[int])
         raise ImageError(f"{name} belongs to another user than the offer said")
     if not {creds.gid, creds.egid, creds.sgid, creds.fsgid, *creds.groups} <= gids:
         raise ImageError(f"{name} is in a group that its user is not in")
-    if any(word for words in (creds.cap_inh, creds.cap_prm, creds.cap_eff, creds.cap_amb) for word in words):
+    if any(
+        word
+        for words in (creds.cap_inh, creds.cap_prm, creds.cap_eff, creds.cap_amb)
+        for word in words
+    ):
         raise ImageError(f"{name} has capabilities")
     if creds.secbits:
         raise ImageError(f"{name} has securebits")

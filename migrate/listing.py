@@ -30,4 +30,6 @@ def table(rows: Iterable[GuestRow], for_people: bool) -> Iterator[str]:
         return
     widths = [max(len(line[i]) for line in [_TITLES, *cells]) for i in range(len(_TITLES))]
     for line in [_TITLES, *cells]:
-        yield "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        yield "  ".join(
+            cell.ljust(width) for cell, width in zip(line, widths, strict=True)
+        ).rstrip()

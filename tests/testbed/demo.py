@@ -92,16 +92,23 @@ def say(*lines: str) -> None:
 def _type(nodes: Nodes, user: str, node: str, *command: str, at_once: bool = True) -> str:
     """Run a command as it would be typed on a node; command and output are shown.
 
-    :param at_once: show both together; else the command already before it runs.
+    :param at_once: for what ends at once: show both together, and give it a terminal.
     """
     words = " ".join(command)
     prompt = f"{user}@{node}{'#' if user == 'root' else '$'} {words}"
     if not at_once:
         say(prompt)
-    done = nodes.exec(node, command, user=user, check=False)
-    say(*([prompt] if at_once else []), *(done.stdout + done.stderr).splitlines())
-    if done.status != 0:
-        raise DemoFailed(f"`{words}` ended with status {done.status}")
+    done = subprocess.run(
+        exec_command(nodes.testbed, node, command, user=user, tty=at_once),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=60,
+        text=True,
+    )
+    say(*([prompt] if at_once else []), *done.stdout.splitlines())
+    if done.returncode != 0:
+        raise DemoFailed(f"`{words}` ended with status {done.returncode}")
     return done.stdout
 
 
