@@ -228,6 +228,7 @@ class Arrival:
                     raise CriuError(f"pid {self._offer.ids.pid}", event.reason)
                 return
             if event.script == "pre-resume":
+                reach("destination-criu")
                 Cgroup(guest_path("keeper", self._offer.guest, "own")).add(self._criu)
                 self._tree.freeze()
             call.proceed()

@@ -20,7 +20,7 @@ from agent import peer_messages
 from agent.agents import Agent, Agents, clean_up
 from agent.cgroups import Cgroup, guest_path
 from agent.fresh_tree import put_back
-from agent.hosting import cpu_features, judge
+from agent.hosting import cpu_features, judge, load_per_processor
 from agent.journal import Entry, Journal, Side, State
 from agent.link import (
     Attach,
@@ -29,6 +29,7 @@ from agent.link import (
     EndGuest,
     Failed,
     GuestLost,
+    LifelineCut,
     NeedLifeline,
     Offer,
     Owner,
@@ -85,6 +86,8 @@ class Broker:
         self._boot_id = boot_id()
         self._tasks: set[asyncio.Task[None]] = set()
         self._moving: set[int] = set()
+        self._home_watches: dict[str, asyncio.Task[None]] = {}
+        self._reconnecting: set[tuple[str, str]] = set()
         self.agents = Agents(self._heard, self._ended)
 
     # ------------------------------------------------------------------ start and stop
@@ -147,7 +150,7 @@ class Broker:
         self.agents.close()
         self._journal.close()
 
-    def _spawn(self, work: Awaitable[None]) -> None:
+    def _spawn(self, work: Awaitable[None]) -> asyncio.Task[None]:
         async def run() -> None:
             try:
                 await work
@@ -159,6 +162,7 @@ class Broker:
         task = asyncio.get_running_loop().create_task(run())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     # ------------------------------------------------------------------ clients
 
@@ -503,7 +507,17 @@ class Broker:
     def _heard(self, agent: Agent, packet: Packet) -> None:
         match packet:
             case NeedLifeline(host):
-                self._spawn(self._connect_lifeline(agent, host))
+                if (agent.guest, host) not in self._reconnecting:
+                    self._reconnecting.add((agent.guest, host))
+                    task = self._spawn(self._connect_lifeline(agent, host))
+                    task.add_done_callback(
+                        lambda _: self._reconnecting.discard((agent.guest, host))
+                    )
+            case LifelineCut(back):
+                if agent.guest in self._home_watches:
+                    self._home_watches.pop(agent.guest).cancel()
+                if not back:
+                    self._home_watches[agent.guest] = self._spawn(self._watch_home(agent))
             case Failed(in_doubt=True) as failed:
                 entry = self._journal.find(failed.transaction, Side.SOURCE)
                 if entry is not None:
@@ -620,6 +634,28 @@ class Broker:
                 os.close(fd)
             return
 
+    async def _watch_home(self, agent: Agent) -> None:
+        """A guest here is cut off from home: it goes on waiting, unless home does not know it any more."""
+        offer = agent.offer
+        if offer is None or offer.home == self._config.name:
+            return
+        question = peer_messages.encode(peer_messages.AskHome(agent.guest))
+        while self.agents.find("keeper", agent.guest) is agent:
+            await asyncio.sleep(RETRY_SECONDS)
+            try:
+                control = self._peers.control(self._config.host_named(offer.home))
+                answer = peer_messages.decode_answer(
+                    await control.request(question, OFFER_SECONDS)
+                )
+            except MigrateError:
+                continue
+            if isinstance(answer, peer_messages.HomeIs) and (
+                not answer.wanted or answer.boot_id != offer.home_boot_id
+            ):
+                log.warning("%s: home does not know it any more", agent.guest)
+                self.end_guest(agent.guest, "home does not know it any more")
+                return
+
     async def _is_there(self, guest: str, name: str) -> bool:
         if name == self._config.name:
             return self.agents.find("keeper", guest) is not None
@@ -684,7 +720,7 @@ class Broker:
             ) from None
         match question:
             case peer_messages.AskLoad():
-                load = os.getloadavg()[0] / (os.cpu_count() or 1)
+                load = load_per_processor()
                 return peer_messages.encode(peer_messages.Load(load, self._config.accept_guests))
             case peer_messages.MakeOffer(offer):
                 return peer_messages.encode(self._take_in(offer, peer))
@@ -696,6 +732,9 @@ class Broker:
                 keeper = self.agents.find("keeper", guest)
                 mine = keeper is not None and keeper.offer is not None and keeper.offer.home == peer
                 return peer_messages.encode(peer_messages.GuestIs(mine))
+            case peer_messages.AskHome(guest):
+                wanted = self.agents.find("guard", guest) is not None
+                return peer_messages.encode(peer_messages.HomeIs(wanted, self._boot_id))
             case peer_messages.DropGuest(guest):
                 keeper = self.agents.find("keeper", guest)
                 mine = keeper is not None and keeper.offer is not None and keeper.offer.home == peer

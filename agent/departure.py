@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,14 +19,13 @@ from agent.cgroups import Cgroup
 from agent.faults import reach
 from agent.journal import Journal, Side, State
 from agent.link import Aborted, Commit, Dumped, Prepared, Progress, Ready, Resumed, StartDeparture
-from agent.reactor import READ, Reactor
+from agent.page_pump import page_sockets, pump_pages
+from agent.reactor import Reactor
 from agent.waiting import await_worker, wait_frozen
-from criu_hooks.calls import CriuCall, Done, DumpRequest, Event, spawn_swrk
-from criu_hooks.pages import PageSource
-from migrate.errors import CriuError, HostError, MigrateError, PeerError
+from criu_hooks.calls import CriuCall, DumpRequest, spawn_swrk
+from migrate.errors import HostError, MigrateError, PeerError
 
 PREPARE_SECONDS = 30.0
-PUMP_BYTES = 1 << 20
 
 
 class InDoubt(Exception):
@@ -164,7 +162,7 @@ class Departure:
     def _freeze_and_dump(self, call: CriuCall, images: Path) -> None:
         reach("source-begun")
         self._original.gather()
-        ours, theirs = socket.socketpair()
+        ours, theirs = page_sockets()
         images_fd = os.open(images, os.O_RDONLY | os.O_DIRECTORY)
         criu = 0
         try:
@@ -191,7 +189,14 @@ class Departure:
                     )
                 )
                 theirs.close()
-                self._pump(call, ours)
+                pump_pages(
+                    self._reactor,
+                    call,
+                    ours,
+                    self._bulk,
+                    self._patience,
+                    lambda: self._progress("memory"),
+                )
                 self._progress("dumped")
                 reach("source-dumped")
                 self._send_images(images, described)
@@ -204,70 +209,6 @@ class Departure:
             os.close(images_fd)
             if criu:
                 os.waitpid(criu, 0)
-
-    def _pump(self, call: CriuCall, pages: socket.socket) -> None:
-        """Forward the page stream until criu has dumped the tree and left it to the freezer."""
-        source = PageSource()
-        buffer = bytearray(PUMP_BYTES)
-        view = memoryview(buffer)
-        open_ = True
-        pending: list[int] = []
-
-        def forward(events: int) -> None:
-            nonlocal open_
-            count = pages.recv_into(buffer)
-            if not count:
-                open_ = False
-                self._reactor.unregister(pages.fileno())
-                return
-            reply = source.answers(view[:count])
-            if reply:
-                pages.send(reply)
-            pending.append(count)
-            self._reactor.modify(pages.fileno(), 0)
-
-        self._reactor.register(pages.fileno(), READ, forward)
-        try:
-            while True:
-                event = self._next(call, pending)
-                if event is None:
-                    count = pending.pop()
-                    self._bulk.send_pages(view[:count])
-                    self._progress("memory")
-                    if open_:
-                        self._reactor.modify(pages.fileno(), READ)
-                    continue
-                if isinstance(event, Done):
-                    if not event.ok:
-                        raise CriuError(f"pid {self._start.host_pid}", event.reason)
-                    break
-                call.proceed()
-        finally:
-            if open_:
-                self._reactor.unregister(pages.fileno())
-        if not source.finished:
-            raise CriuError(f"pid {self._start.host_pid}", "the dump ended early")
-
-    def _next(self, call: CriuCall, pending: list[int]) -> Event | None:
-        """The next event of criu, or None when pages have come."""
-        seen = False
-
-        def event(events: int) -> None:
-            nonlocal seen
-            seen = True
-            self._reactor.modify(call.fileno(), 0)
-
-        deadline = time.monotonic() + self._patience
-        self._reactor.register(call.fileno(), READ, event)
-        try:
-            while not seen and not pending:
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    raise CriuError("criu", f"made no progress for {self._patience:g} seconds")
-                self._reactor.turn(left)
-        finally:
-            self._reactor.unregister(call.fileno())
-        return None if pending else call.receive(1)
 
     def _send_images(self, images: Path, described: Dumped) -> None:
         for path in sorted(images.iterdir()):

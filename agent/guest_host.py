@@ -29,6 +29,7 @@ from agent.link import (
     Dumped,
     EndGuest,
     Failed,
+    LifelineCut,
     Link,
     Offer,
     Packet,
@@ -432,6 +433,7 @@ class GuestHost:
         """Cut off is not dead, but a guest must not run on unseen for ever (invariant 7)."""
         if self._exit_code is None and not self._gone_on:
             log.warning("%s: lifeline: %s", self._guest, reason.reason)
+            self._say(LifelineCut())
             self._reactor.call_later(self._offer.cut_freeze_seconds, self._freeze_if_cut)
 
     def _freeze_if_cut(self) -> None:
@@ -441,6 +443,7 @@ class GuestHost:
             self._tree.freeze()
 
     def _lifeline_came(self) -> None:
+        self._say(LifelineCut(back=True))
         if self._frozen_for_cut:
             self._frozen_for_cut = False
             self._tree.thaw()

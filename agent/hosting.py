@@ -7,6 +7,8 @@ import os
 import pwd
 from pathlib import Path
 
+import psutil
+
 from agent.link import Offer, Owner
 from migrate.config import Config
 from migrate.errors import PeerError
@@ -23,11 +25,13 @@ def cpu_features() -> tuple[str, ...]:
 
 
 def free_memory_bytes() -> int:
-    """Memory that can be had without swapping (MemAvailable, proc(5))."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return 0
+    """Memory that can be had without swapping."""
+    return int(psutil.virtual_memory().available)
+
+
+def load_per_processor() -> float:
+    """The load average of the last minute, for each processor."""
+    return psutil.getloadavg()[0] / (psutil.cpu_count() or 1)
 
 
 def judge(offer: Offer, peer: str, config: Config, criu_version: str) -> None:

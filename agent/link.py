@@ -131,6 +131,12 @@ class NeedLifeline(msgspec.Struct, frozen=True, tag="need-lifeline"):
     host: Name
 
 
+class LifelineCut(msgspec.Struct, frozen=True, tag="cut"):
+    """keeper → migd: home is silent. `back`: no longer."""
+
+    back: bool = False
+
+
 class Ended(msgspec.Struct, frozen=True, tag="ended"):
     """guard or keeper → migd: the guest has ended and everything is given back."""
 
@@ -195,7 +201,7 @@ class Aborted(msgspec.Struct, frozen=True, tag="aborted"):
 
 
 ToAgent: TypeAlias = StartDeparture | Attach | EndGuest | Verdict | DropNext | GuestLost
-FromAgent: TypeAlias = Progress | Departed | Failed | NeedLifeline | Ended
+FromAgent: TypeAlias = Progress | Departed | Failed | NeedLifeline | Ended | LifelineCut
 
 
 TransactionMessage: TypeAlias = Dumped | Commit | Prepared | Ready | Resumed | Aborted

@@ -67,6 +67,19 @@ class AskGuest(msgspec.Struct, frozen=True, tag="ask-guest"):
     guest: Name
 
 
+class AskHome(msgspec.Struct, frozen=True, tag="ask-home"):
+    """The host of a guest → home's migd: does anybody stand for this guest there?"""
+
+    guest: Name
+
+
+class HomeIs(msgspec.Struct, frozen=True, tag="home-is"):
+    """`boot_id` tells whether home has rebooted meanwhile."""
+
+    wanted: bool
+    boot_id: Name
+
+
 class DropGuest(msgspec.Struct, frozen=True, tag="drop-guest"):
     """Home's migd: nobody stands for this guest at home any more: end it."""
 
@@ -86,8 +99,10 @@ class GuestMoved(msgspec.Struct, frozen=True, tag="guest-moved"):
     sent_bytes: int
 
 
-Question = AskLoad | MakeOffer | AskOutcome | MoveGuest | ConnectGuest | AskGuest | DropGuest
-Answer = Load | Accepted | OutcomeIs | GuestMoved | Connected | GuestIs
+Question = (
+    AskLoad | MakeOffer | AskOutcome | MoveGuest | ConnectGuest | AskGuest | AskHome | DropGuest
+)
+Answer = Load | Accepted | OutcomeIs | GuestMoved | Connected | GuestIs | HomeIs
 
 encode = msgspec.msgpack.Encoder().encode
 decode_question = msgspec.msgpack.Decoder(Question).decode

@@ -133,6 +133,10 @@ class Reactor:
         """
         return PidWatch(self, pid, call)
 
+    def fileno(self) -> int:
+        """Readable when a `turn` would find something to do (timers aside)."""
+        return self._epoll.fileno()
+
     def run(self) -> None:
         """Until `stop`, or until a callback raises."""
         self._running = True

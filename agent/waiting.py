@@ -59,7 +59,8 @@ def await_worker(reactor: Reactor, call: CriuCall, seconds: float) -> None:
 def wait_frozen(reactor: Reactor, cgroup: Cgroup, seconds: float) -> bool:
     """Turn the reactor until all of the cgroup stands still; False after `seconds`.
 
-    A task that waits for the home view cannot freeze before its answer, which the reactor may have to bring.
+    A task that waits for the home view cannot freeze before its answer, which the reactor may have
+    to bring.
     """
     with open(cgroup.path / "cgroup.events") as events:
         reactor.register(events.fileno(), select.EPOLLPRI, lambda _: None)

@@ -1,6 +1,7 @@
 """What images say about rights, checked before CRIU obeys them: they come from another host.
 
-An image file is two u32 magics, then protobuf messages, each after its u32 length (CRIU's «Images»).
+An image file is two u32 magics, then protobuf messages, each after its u32 length (see «Images» in
+CRIU's wiki).
 """
 
 from __future__ import annotations
@@ -12,7 +13,10 @@ from collections.abc import Iterator
 from pycriu.images import core_pb2
 
 _U32 = struct.Struct("=I")
-_MAGICS_BYTES = 8
+_MAGICS = struct.pack("=II", 0x54564319, 0x55053847)
+"""Common and core. An inventory may ask CRIU to expect the second alone (img_version 1): with the
+first in its place such an image is refused by CRIU instead of read four bytes earlier than here."""
+MAX_MESSAGE_BYTES = 1 << 24
 
 
 class ImageError(Exception):
@@ -43,11 +47,18 @@ def check_rights(directory_fd: int, uid: int, gids: frozenset[int]) -> None:
 def _messages(directory_fd: int, name: str) -> Iterator[bytes]:
     fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory_fd)
     with open(fd, "rb") as file:
-        file.seek(_MAGICS_BYTES)
+        if file.read(len(_MAGICS)) != _MAGICS:
+            raise ImageError(f"{name} is no image of a process")
         while head := file.read(_U32.size):
             if len(head) < _U32.size:
                 raise ImageError(f"{name} is cut off")
-            yield file.read(_U32.unpack(head)[0])
+            size: int = _U32.unpack(head)[0]
+            if size > MAX_MESSAGE_BYTES:
+                raise ImageError(f"{name} is too large")
+            message = file.read(size)
+            if len(message) < size:
+                raise ImageError(f"{name} is cut off")
+            yield message
 
 
 def _check(name: str, core: core_pb2.core_entry, uid: int, gids: frozenset[int]) -> None:

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import re
 
-_ERROR = re.compile(r"^(?:\([\d.]+\)\s*)?(?:\s*\d+:\s*)?Error \([^)]*\):\s*(?P<text>.*)$")
+# With a time at some log levels, a pid at restore, and "pie" before it from the restorer blob.
+_ERROR = re.compile(r"^(?:\([\d.]+\)\s*)?(?:pie:\s*)?(?:\d+:\s*)?Error \([^)]*\):\s*(?P<text>.*)$")
 # What criu prints when it has to give up, or says on every host that lacks CAP_SYS_RESOURCE: no
 # cause.
 _NO_CAUSE = re.compile(
     r"Dumping FAILED|Restoring FAILED|Can't setup RLIMIT_NOFILE for self|Unable to create tun"
-    r"|Unexpected TCP_CORK|exited? with|killed by signal|Can't make .*\.img|notify|Can't dump task"
+    r"|Unexpected TCP_CORK|exited? with|killed by signal|Can't make .*\.img|\bnotify\b"
+    r"|Can't dump task"
 )
 _KNOWN = (
-    (re.compile(r"File (?P<x>\S+) has bad size"), "{x} is not the same file on both hosts"),
-    (re.compile(r"File (?P<x>\S+) has bad build-?id"), "{x} is not the same file on both hosts"),
-    (re.compile(r"Can't open file (?P<x>\S+)"), "{x} cannot be opened at the destination"),
+    # CRIU prints these paths without their first slash.
+    (
+        re.compile(r"File /?(?P<x>.+) has bad (?:size|build-ID)"),
+        "/{x} is not the same file on both hosts",
+    ),
+    (
+        re.compile(r"Can't open file /?(?P<x>.+?)(?: on restore)?(?:: [^:/]+)?$"),
+        "/{x} cannot be opened at the destination",
+    ),
     (
         re.compile(r"Can't lookup mount"),
         "it has a file open on a file system that is not visible here",

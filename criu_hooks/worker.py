@@ -16,13 +16,13 @@ from pycriu import rpc_pb2
 
 from criu_hooks.calls import (
     MAX_MESSAGE,
+    READY,
     Done,
     DumpRequest,
     Event,
     FeatureRequest,
     Notify,
     Proceed,
-    READY,
     Request,
     RestoreRequest,
 )

@@ -12,6 +12,8 @@ from migrate.errors import MigrateError
 from migrate.pids import format_pid, parse_pid
 
 OWN_FAILURE = 125
+HOST_ID_MAX = 65535
+"""as migrate.config.HostId"""
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -29,7 +31,8 @@ class _Reporter:
     def progress(self, progress: messages.Progress) -> None:
         if self._debug:
             print(
-                f"{format_pid(self._pid)}: {progress.step} ({progress.sent_bytes} bytes, {progress.at_ms:.1f} ms after the freeze)",
+                f"{format_pid(self._pid)}: {progress.step} ({progress.sent_bytes} bytes, "
+                f"{progress.at_ms:.1f} ms after the freeze)",
                 file=sys.stderr,
             )
         elif self._line and progress.sent_bytes:
@@ -85,8 +88,12 @@ def migrate(
             help="Process to move: 0x1a2b is hex, 6699 decimal. May be repeated.",
         ),
     ] = None,
-    host: Annotated[str, typer.Option("-h", metavar="HOST", help="Where to, by name.")] = "",
-    host_id: Annotated[int, typer.Option("-H", metavar="ID", help="Where to, by number.")] = 0,
+    host: Annotated[
+        str | None, typer.Option("-h", metavar="HOST", help="Where to, by name.")
+    ] = None,
+    host_id: Annotated[
+        int | None, typer.Option("-H", metavar="ID", help="Where to, by number.")
+    ] = None,
     verbose: Annotated[
         bool, typer.Option("-v", help="Say what was done, also when piped.")
     ] = False,
@@ -96,12 +103,17 @@ def migrate(
     """Move running processes to another host: the idlest one, or the one that -h or -H names."""
     if not pids:
         raise MigrateError("migrate", "no process named", "use -p PID")
-    if host and host_id:
+    if host is not None and host_id is not None:
         raise MigrateError("migrate", "-h and -H exclude each other", "use one of them")
+    # Neither must be taken for «any host», which is what migd is told by leaving them out.
+    if host == "":
+        raise MigrateError("-h", "names no host", "leave it out to have one chosen")
+    if host_id is not None and not 1 <= host_id <= HOST_ID_MAX:
+        raise MigrateError(f"host id {host_id}", f"host ids are 1 to {HOST_ID_MAX}")
     numbers = [parse_pid(word) for word in pids]
     good = True
     for number in numbers:
-        request = messages.Move(number, host, host_id, check)
+        request = messages.Move(number, host or "", host_id or 0, check)
         good = _move(number, request, verbose, debug) and good
     if not good:
         raise typer.Exit(OWN_FAILURE)

@@ -114,14 +114,23 @@ def strike(nodes: Nodes, victim: str) -> None:
         nodes.cut("node2")
         return
     kind, _, node = victim.partition("@")
-    pattern = {"guard": "agent.guard", "keeper": "agent.keeper", "migd": "bin/migd", "criu": "criu swrk"}
-    nodes.sh(node, f"pkill -KILL -f -o '{pattern[kind]}' || true")
+    # Bracketed, so that the shell which searches does not find itself.
+    pattern = {
+        "guard": "[a]gent.guard",
+        "keeper": "[a]gent.keeper",
+        "migd": "[b]in/migd",
+        "criu": "^criu: (dump|restore) --rpc",
+    }
+    nodes.sh(node, f"pkill -KILL -f -o '{pattern[kind]}'")
 
 
+SOURCE_VICTIMS = ("guard@node1", "migd@node1", "keeper@node2", "cable")
+DESTINATION_VICTIMS = ("guard@node1", "migd@node2", "keeper@node2", "cable")
 CASES = [
-    *[(p, "node1", v) for p in SOURCE_POINTS for v in ("guard@node1", "migd@node1", "keeper@node2", "cable")],
-    *[(p, "node2", v) for p in DESTINATION_POINTS for v in ("guard@node1", "migd@node2", "keeper@node2", "cable")],
-    *[(p, "node2", "criu@node2") for p in ("destination-received",)],
+    *[(point, "node1", victim) for point in SOURCE_POINTS for victim in SOURCE_VICTIMS],
+    *[(point, "node2", victim) for point in DESTINATION_POINTS for victim in DESTINATION_VICTIMS],
+    ("source-criu", "node1", "criu@node1"),
+    ("destination-criu", "node2", "criu@node2"),
 ]
 
 

@@ -15,24 +15,23 @@ from testbed.client import CommandFailed, Nodes, exec_command, program_of
 from testbed.errors import TestbedError
 
 HOME = "node1"
-LINES = 40
+STOPS = ("node2", "node3", HOME)
 EXIT_STATUS = 7
-# After which line of the program alice moves it, and where to.
-STOPS = ((8, "node2"), (17, "node3"), (26, "node1"))
 
-# Computes, prints, appends to a file; its exit status is its own.
+# Computes, prints, appends to a file, ends when another file is there; its exit status is its own.
 PRIMES = f"""\
-import sys, time
+import os, sys, time
 
 def is_prime(n):
     return all(n % d for d in range(2, int(n**0.5) + 1))
 
-n, found = 1, 0
+n = found = line = 0
 with open("primes.log", "w", buffering=1) as log:
-    for line in range(1, {LINES} + 1):
+    while not os.path.exists("enough"):
+        line += 1
         while found < line * 1000:
             n += 1
-            found += is_prime(n)
+            found += n > 1 and is_prime(n)
         text = f"{{line:3}}  the {{found:,}}th prime is {{n:,}}"
         print(text, flush=True)
         print(text, file=log)
@@ -82,6 +81,12 @@ class Shell:
         if not good or len(self.lines) < count:
             raise DemoFailed(f"the shell wrote {len(self.lines)} lines and then no more")
 
+    def wait_for_end(self) -> None:
+        """Return when it has ended and its last line is here. :raises DemoFailed: it hangs."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._ended, 60):
+                raise DemoFailed("the shell does not end")
+
 
 def say(*lines: str) -> None:
     """Lines on the screen, at once and together."""
@@ -115,6 +120,7 @@ def _type(nodes: Nodes, user: str, node: str, *command: str, at_once: bool = Tru
 def _start(nodes: Nodes) -> Shell:
     for name, text in (("primes.py", PRIMES), ("job.sh", JOB)):
         nodes.exec(HOME, ["sh", "-c", 'cat >"$1"', "sh", name], user="alice", stdin=text)
+    nodes.exec(HOME, ["rm", "-f", "enough"], user="alice")
     say(f"\nOn {HOME} alice's shell starts a program that looks for primes, and waits for it.")
     say("What the shell prints is indented, and shown as it comes.\n")
     _type(nodes, "alice", HOME, "cat", "job.sh")
@@ -138,10 +144,10 @@ def _travel(nodes: Nodes, shell: Shell) -> int:
     shell.wait_for(1)
     pid = int(shell.lines[0].split()[-1])
     look = ("ps", "-o", "pid,ppid,user,start", "-p", str(pid))
-    shell.wait_for(4)
+    shell.wait_for(3)
     at_first = _type(nodes, "alice", HOME, *look)
-    for line, host in STOPS:
-        shell.wait_for(line)
+    for host in STOPS:
+        shell.wait_for(len(shell.lines) + 2)
         move = ("migrate", "-v", "-p", f"{pid:#x}", "-h", host)
         _type(nodes, "alice", HOME, *move, at_once=False)
         shell.wait_for(len(shell.lines) + 2)
@@ -150,26 +156,26 @@ def _travel(nodes: Nodes, shell: Shell) -> int:
             _type(nodes, "alice", HOME, "migctl", "ps")
         if _type(nodes, "alice", HOME, *look) != at_first:
             raise DemoFailed("at home it is no longer the same process")
+    _type(nodes, "alice", HOME, "touch", "enough")
+    shell.wait_for_end()
     return pid
 
 
 def _check(nodes: Nodes, shell: Shell, pid: int) -> None:
     """Say what the run has shown. :raises DemoFailed:"""
-    shell.wait_for(LINES + 2)
-    shell.process.wait()
-    numbers = [int(text.split()[0]) for text in shell.lines[1:-1]]
-    if numbers != list(range(1, LINES + 1)):
-        raise DemoFailed(f"the shell's lines are {numbers}")
-    log = nodes.sh(HOME, "cat primes.log", user="alice").splitlines()
-    if log != [text.lstrip("\n") for text in shell.lines[1:-1]]:
-        raise DemoFailed("the file in alice's home does not hold the same lines")
-    if shell.lines[-1] != f"wait returned {EXIT_STATUS}":
-        raise DemoFailed(f"the shell's last line is {shell.lines[-1]!r}")
+    _, *lines, last = shell.lines
+    if last != f"wait returned {EXIT_STATUS}":
+        raise DemoFailed(f"the shell's last line is {last!r}")
+    if [text.split()[0] for text in lines] != [str(n + 1) for n in range(len(lines))]:
+        raise DemoFailed("a line is missing, out of order or there twice")
+    log = nodes.exec(HOME, ["cat", "primes.log"], user="alice").stdout
+    if log.splitlines() != lines:
+        raise DemoFailed(f"/home/alice/primes.log on {HOME} does not hold the same lines")
     gaps = [after - before for before, after in zip(shell.times, shell.times[1:], strict=False)]
     say(
-        f"\nAll {LINES} lines reached the shell in order, none missing, none twice;",
+        f"\nAll {len(lines)} lines reached the shell in order, none missing, none twice;",
         f"the longest silence between two was {max(gaps):.2f} s.",
-        f"The file primes.log in alice's home on {HOME} holds the same {LINES} lines.",
+        f"The file primes.log in alice's home on {HOME} holds the same {len(lines)} lines.",
         f"At home it was process {pid} all the time, with the same parent.",
         f"`wait` in her shell returned {EXIT_STATUS}: the program's own exit status.",
     )
