@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from typing import Annotated
 
@@ -121,6 +122,8 @@ def migrate(
 
 def main() -> None:
     """Entry point: own failures end with 125 and one line on stderr."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # not every locale has an arrow
     try:
         sys.exit(app(standalone_mode=False) or 0)
     except MigrateError as error:

@@ -116,8 +116,11 @@ class Ticker:
 
     def close(self) -> None:
         """End it wherever it is: nobody reads its lines any more, it dies of SIGPIPE."""
+        if self.writing_end < 0:
+            return
         # A close would not wake the thread; so its next read ends, on another file.
         os.close(self.writing_end)
+        self.writing_end = -1
         null = os.open("/dev/null", os.O_RDONLY)
         os.dup2(null, self._reading_end)
         os.close(null)
