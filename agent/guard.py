@@ -382,10 +382,10 @@ class Guard:
         assert self._line is not None and self._start is not None
         old, self._line, self._next = self._line, line, None
         positions = []
-        for number, received in started.positions:
-            stream = old.lifeline.mux.release(number)
-            stream.sender.rewind(received)
-            positions.append((number, stream.receiver.position))
+        for position in started.positions:
+            stream = old.lifeline.mux.release(position.stream)
+            position.apply(stream)
+            positions.append(guestwords.StreamPosition.of(stream))
             line.lifeline.mux.adopt(stream)
         line.send(guestwords.GoOn(tuple(positions)))
         for message in old.lifeline.mux.unheard_messages():

@@ -87,6 +87,9 @@ class GuestHost:
         self._fds: dict[int, int] = {}
         """stream → our end of the guest's pipe"""
         self._listed: dict[int, StreamPipe] = {}
+        self._awaiting: dict[int, Stream] = {}
+        """streams of the last keeper, until home has told what it has of them"""
+        self._connected_pipes = False
         self._files: dict[int, int] = {}
         self._criu = 0
         self._exit_code: int | None = None
@@ -114,7 +117,7 @@ class GuestHost:
                 return
         while not self._finished:
             self._reactor.turn()
-            if self._hop is not None:
+            if self._hop is not None and not self._awaiting:
                 self._depart(*self._hop)
                 self._hop = None
         self._close()
@@ -141,17 +144,11 @@ class GuestHost:
         log.info("%s: %s resumed here", self._offer.transaction, self._guest)
         self._files = arrived.files
         self._criu = arrived.criu
-        if arrived.dumped.streams:
-            assert self._lifeline is not None
-            positions = tuple(
-                (state.stream, self._lifeline.open(state.stream).receiver.position)
-                for state in arrived.dumped.streams
-            )
-            self._to_guard(guestwords.Started(self._offer.epoch, positions))
-        else:
-            self._to_guard(guestwords.Started(self._offer.epoch))
-            if self._offer.epoch == 1:
-                self._start_sources()
+        positions = tuple(guestwords.StreamPosition.of(s) for s in self._awaiting.values())
+        self._to_guard(guestwords.Started(self._offer.epoch, positions))
+        if not self._awaiting:
+            self._connected_pipes = True
+            self._connect_pipes()
         self._bulk.close()
         self._bulk = None
         for path in self._images.iterdir():
@@ -174,26 +171,42 @@ class GuestHost:
                 self._reactor.unregister(mountinfo.fileno())
 
     def _open_streams(self, arrived: Arrived) -> None:
-        """Before the commit: from then on home may send."""
+        """Before the commit: from then on home may send.
+
+        Streams of an earlier keeper are adopted only when home has told what it has of them.
+        """
         assert self._lifeline is not None
         for state in arrived.dumped.streams:
-            self._lifeline.mux.adopt(Stream.restore(state))
+            self._awaiting[state.stream] = Stream.restore(state)
         for pipe in arrived.pipes:
             number = pipe.listed.stream
-            stream = self._lifeline.open(number)
             self._listed[number] = pipe.listed
             self._fds[number] = pipe.our_fd
-            if not pipe.listed.outgoing:
-                self._sinks[number] = MeteredSink(self._reactor, stream.receiver, pipe.our_fd)
+            if number not in self._awaiting:
+                self._lifeline.open(number)
 
-    def _start_sources(self) -> None:
+    def _connect_pipes(self) -> None:
         assert self._lifeline is not None
         for number, listed in self._listed.items():
-            if listed.outgoing and number not in self._sources:
-                stream = self._lifeline.open(number)
-                self._sources[number] = FdSource(
-                    self._reactor, stream.sender, self._fds[number], private=True
-                )
+            stream = self._lifeline.open(number)
+            fd = self._fds[number]
+            if listed.outgoing:
+                self._sources[number] = FdSource(self._reactor, stream.sender, fd, private=True)
+            else:
+                self._sinks[number] = MeteredSink(self._reactor, stream.receiver, fd)
+
+    def _go_on(self, positions: tuple[guestwords.StreamPosition, ...]) -> None:
+        """Home's answer to *started*: streams of the last keeper go on here."""
+        assert self._lifeline is not None
+        for position in positions:
+            stream = self._awaiting.pop(position.stream, None)
+            if stream is not None:
+                position.apply(stream)
+                self._lifeline.mux.adopt(stream)
+        self._awaiting.clear()
+        if not self._connected_pipes:
+            self._connected_pipes = True
+            self._connect_pipes()
 
     def _abort(self, error: BaseException) -> None:
         """It will never run here: recorded first, then said."""
@@ -372,6 +385,9 @@ class GuestHost:
         """Tell the end once all output is at home: the deputy must not end before its last word."""
         if self._exit_code is None or self._told_end or self._lifeline is None:
             return
+        if self._awaiting:
+            self._reactor.call_later(END_POLL_SECONDS, self._tell_end)
+            return
         for source in self._sources.values():
             source.drain()
         for sink in self._sinks.values():
@@ -418,15 +434,7 @@ class GuestHost:
             case guestwords.Kill():
                 self._tree.kill()
             case guestwords.GoOn(positions):
-                assert self._lifeline is not None
-                for number, received in positions:
-                    if number in self._listed:
-                        self._lifeline.open(number).sender.rewind(received)
-                self._start_sources()
-                for number in self._listed:
-                    sender = self._lifeline.open(number).sender
-                    if sender.pending:
-                        sender.on_pending()
+                self._go_on(positions)
         return True
 
     def _cut(self, reason: PeerError) -> None:
@@ -437,7 +445,8 @@ class GuestHost:
             self._reactor.call_later(self._offer.cut_freeze_seconds, self._freeze_if_cut)
 
     def _freeze_if_cut(self) -> None:
-        if not self._lifeline_up() and self._exit_code is None and not self._handing_over:
+        running = self._capsule is not None and self._criu and self._exit_code is None
+        if running and not self._lifeline_up() and not self._handing_over and not self._gone_on:
             log.warning("%s: frozen, home is silent", self._guest)
             self._frozen_for_cut = True
             self._tree.freeze()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
+from agent.wire import Stream
+
 
 class Signal(msgspec.Struct, frozen=True, tag="signal"):
     """guard → keeper: a signal that reached the deputy, for the root of the guest."""
@@ -16,6 +18,33 @@ class Kill(msgspec.Struct, frozen=True, tag="kill"):
     """guard → keeper: the deputy was killed; so is the guest."""
 
 
+class StreamPosition(msgspec.Struct, frozen=True, array_like=True):
+    """What one end has of a stream that moves on to another keeper."""
+
+    stream: int
+    received: int
+    acknowledged: int
+    refused: bool
+    """it wants no more of it"""
+
+    @classmethod
+    def of(cls, stream: Stream) -> StreamPosition:
+        """Of this end."""
+        receiver = stream.receiver
+        return cls(stream.number, receiver.position, receiver.acknowledged, receiver.reset)
+
+    def apply(self, stream: Stream) -> None:
+        """To the other end: it goes on sending after what was received.
+
+        :raises ProtocolError: that contradicts what this end knows.
+        """
+        if self.refused:
+            stream.sender.accept_reset(min(self.acknowledged, stream.sender.sent))
+        else:
+            stream.sender.rewind(self.received)
+            stream.sender.accept_ack(self.acknowledged)
+
+
 class Started(msgspec.Struct, frozen=True, tag="started"):
     """keeper → guard: the guest runs here from this epoch on.
 
@@ -23,13 +52,13 @@ class Started(msgspec.Struct, frozen=True, tag="started"):
     """
 
     epoch: int
-    positions: tuple[tuple[int, int], ...] = ()
+    positions: tuple[StreamPosition, ...] = ()
 
 
 class GoOn(msgspec.Struct, frozen=True, tag="go-on"):
     """guard → keeper: the answer to Started, with what has been received at home."""
 
-    positions: tuple[tuple[int, int], ...]
+    positions: tuple[StreamPosition, ...]
 
 
 class Stopped(msgspec.Struct, frozen=True, tag="stopped"):

@@ -155,12 +155,13 @@ class Mux:
         return stream
 
     def adopt(self, stream: Stream) -> None:
-        """Go on with a stream of an earlier keeper; its sender was rewound to what this one has."""
+        """Go on with a stream that was released from another lifeline.
+
+        Both ends have told each other before what they have of it.
+        """
         self._adopt(stream)
         if stream.sender.pending:
             stream.sender.on_pending()
-        if stream.receiver.acknowledged or stream.receiver.reset:
-            stream.receiver.on_due()
 
     def retry_messages(self) -> None:
         """Deliver the messages that were put off."""

@@ -1,12 +1,16 @@
-"""The nodes that the tests run on: one set for the whole run."""
+"""The nodes that the tests run on: one set for the whole run. And alice's desk on them."""
 
+import itertools
 import subprocess
 import sys
 from collections.abc import Iterator
 
 import pytest
+from moving import Desk, leftovers, sweep, until
 from testbed.client import Nodes, program_of
 from testbed.lifecycle import Testbed
+
+_numbers = itertools.count(1)
 
 
 @pytest.fixture(scope="session")
@@ -26,3 +30,21 @@ def nodes(running_nodes: Nodes) -> Iterator[Nodes]:
     """The nodes, for one test; afterwards all are on and connected, what it ran is dead."""
     yield running_nodes
     running_nodes.restore()
+
+
+@pytest.fixture
+def desk(nodes: Nodes) -> Iterator[Desk]:
+    """Alice's directory on node1. When the test is over and her programs are dead, nothing of her
+    guests is left on any node: that is part of every test that uses it."""
+    made = Desk(nodes, f"desk{next(_numbers)}")
+    made.set_up()
+    try:
+        yield made
+        nodes.restore()
+        until(lambda: not leftovers(nodes), "nothing is left of the guests", 20)
+    except AssertionError:
+        pytest.fail("left behind:\n" + "\n".join(leftovers(nodes)))
+    finally:
+        nodes.restore()
+        sweep(nodes)
+        made.remove()
