@@ -145,7 +145,9 @@ class Arrival:
                         f"host {self._bulk.peer}", "it breaks the protocol of migrations"
                     )
         except PageStreamError as error:
-            raise PeerError(f"host {self._bulk.peer}", f"its pages make no sense: {error}") from None
+            raise PeerError(
+                f"host {self._bulk.peer}", f"its pages make no sense: {error}"
+            ) from None
         finally:
             os.close(directory_fd)
 

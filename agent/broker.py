@@ -226,9 +226,7 @@ class Broker:
         else:
             host = await choose_host(self._config, self._peers, frozenset({entry.peer}))
         if host.name == entry.peer:
-            raise UserError(
-                f"pid {entry.pid}", f"runs on {host.name} already", "name another host"
-            )
+            raise UserError(f"pid {entry.pid}", f"runs on {host.name} already", "name another host")
         try:
             moved = await self._ask_for_hop(entry, host)
         except AnswerLost:
@@ -644,9 +642,7 @@ class Broker:
             await asyncio.sleep(RETRY_SECONDS)
             try:
                 control = self._peers.control(self._config.host_named(offer.home))
-                answer = peer_messages.decode_answer(
-                    await control.request(question, OFFER_SECONDS)
-                )
+                answer = peer_messages.decode_answer(await control.request(question, OFFER_SECONDS))
             except MigrateError:
                 continue
             if isinstance(answer, peer_messages.HomeIs) and (
@@ -703,7 +699,9 @@ class Broker:
             if self._journal.move(
                 entry.transaction, Side.SOURCE, State.ABORTED, after=State.COMMITTED
             ):
-                put_back(Cgroup(guest_path("guard", entry.guest, "tree")), Path(entry.origin_cgroup))
+                put_back(
+                    Cgroup(guest_path("guard", entry.guest, "tree")), Path(entry.origin_cgroup)
+                )
                 clean_up("guard", entry.guest)
         else:
             self._guard_lost(entry)

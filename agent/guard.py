@@ -197,9 +197,7 @@ class Guard:
         while self._verdict is None:
             self._reactor.turn()
         if self._verdict:
-            self._journal.move(
-                offer.transaction, Side.SOURCE, State.RESUMED, after=State.COMMITTED
-            )
+            self._journal.move(offer.transaction, Side.SOURCE, State.RESUMED, after=State.COMMITTED)
             return Outcome(0.0, 0)
         self._journal.move(
             offer.transaction,

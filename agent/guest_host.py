@@ -303,8 +303,10 @@ class GuestHost:
         for number, listed in self._listed.items():
             stream = self._lifeline.open(number)
             states.append(stream.export())
-            over = stream.sender.fin or stream.sender.reset if listed.outgoing else (
-                stream.receiver.finished or stream.receiver.reset
+            over = (
+                stream.sender.fin or stream.sender.reset
+                if listed.outgoing
+                else (stream.receiver.finished or stream.receiver.reset)
             )
             if not over:
                 inode = os.fstat(self._fds[number]).st_ino
@@ -325,9 +327,7 @@ class GuestHost:
         while self._verdict is None:
             self._reactor.turn()
         state = State.RESUMED if self._verdict else State.ABORTED
-        self._journal.move(
-            start.offer.transaction, Side.SOURCE, state, after=State.COMMITTED
-        )
+        self._journal.move(start.offer.transaction, Side.SOURCE, state, after=State.COMMITTED)
         if self._verdict:
             return Outcome(0.0, 0)
         tree.put_back()
@@ -377,9 +377,7 @@ class GuestHost:
             self._tell_end()
 
     def _offsets(self) -> tuple[tuple[int, int], ...]:
-        return tuple(
-            (number, os.lseek(fd, 0, os.SEEK_CUR)) for number, fd in self._files.items()
-        )
+        return tuple((number, os.lseek(fd, 0, os.SEEK_CUR)) for number, fd in self._files.items())
 
     def _tell_end(self) -> None:
         """Tell the end once all output is at home: the deputy must not end before its last word."""

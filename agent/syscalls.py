@@ -301,9 +301,7 @@ def mount(source: str, target: Path, filesystem: str = "", flags: int = 0, data:
     def text(value: str) -> bytes | None:
         return os.fsencode(value) if value else None
 
-    result = _libc.mount(
-        text(source), os.fsencode(target), text(filesystem), flags, text(data)
-    )
+    result = _libc.mount(text(source), os.fsencode(target), text(filesystem), flags, text(data))
     try:
         _checked(result, "mount")
     except OSError as error:

@@ -18,6 +18,7 @@ from testbed.client import Nodes
 
 from bench.errors import BenchFailed
 from bench.processes import Task, tasks
+import itertools
 
 INTERVAL_SECONDS = 0.002
 HOME = "node1"
@@ -111,7 +112,7 @@ class Ticker:
         """
         with self._changed:
             times = list(self._times)
-        pairs = zip(times, times[1:], strict=False)
+        pairs = itertools.pairwise(times)
         return max(after - before for before, after in pairs if after > since) * 1000
 
     def close(self) -> None:
@@ -160,4 +161,3 @@ class Ticker:
                     expected += 1
                     self._times.append(now)
                 self._changed.notify_all()
-

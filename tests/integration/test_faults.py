@@ -85,9 +85,7 @@ def held(nodes: Nodes, node: str, point: str) -> Iterator[subprocess.Popen[bytes
     pipe = f"/run/migrate/faults/{point}"
     nodes.sh(node, f"mkdir -p -m 0700 /run/migrate/faults; mkfifo -m 0600 {pipe}")
     script = f"exec 3>{pipe}; echo reached; read line; rm -f {pipe}"
-    holder = nodes.popen(
-        node, ["sh", "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    )
+    holder = nodes.popen(node, ["sh", "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
         yield holder
     finally:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from criu_hooks import pages
 from criu_hooks.pages import PAGE_SIZE, PageImageWriter, PageSource, PageStreamError
+import itertools
 
 # criu/page-xfer.c: PS_IOV_*, PS_TYPE_*; criu/include/pagemap.h: PE_*.
 ADD, HOLE, OPEN, OPEN2, PARENT, ADD_F, GET, CLOSE, FORCE_CLOSE = 1, 2, 3, 4, 5, 6, 7, 0x1023, 0x1024
@@ -149,7 +150,7 @@ def test_how_the_stream_was_cut_into_pieces_changes_nothing(
     tmp_path_factory: pytest.TempPathFactory, cuts: list[int]
 ) -> None:
     edges = [0, *sorted(cuts), len(TREE)]
-    pieces = [TREE[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    pieces = [TREE[a:b] for a, b in itertools.pairwise(edges)]
     whole, cut = tmp_path_factory.mktemp("whole"), tmp_path_factory.mktemp("cut")
     write_in_pieces(whole, [TREE])
     assert write_in_pieces(cut, pieces).finished
