@@ -822,12 +822,14 @@ class Broker:
                 continue
             if entry.side is Side.SOURCE and not entry.origin_cgroup:
                 continue  # a hop: its home lists it
+            if entry.side is Side.DESTINATION and entry.home == self._config.name:
+                continue  # home again: the row of its first migration says so
             where = entry.peer if entry.side is Side.SOURCE else self._config.name
             state = {
                 State.BEGUN: "leaving",
                 State.COMMITTED: "in doubt",
                 State.OFFERED: "arriving",
-                State.RESUMED: "away" if entry.side is Side.SOURCE else "guest",
+                State.RESUMED: self._whereabouts(entry),
             }[entry.state]
             rows.append(
                 messages.GuestRow(
@@ -835,6 +837,11 @@ class Broker:
                 )
             )
         return messages.Guests(tuple(rows))
+
+    def _whereabouts(self, entry: Entry) -> str:
+        if entry.side is Side.DESTINATION:
+            return "guest"
+        return "home" if entry.peer == self._config.name else "away"
 
     async def recover(self, request: messages.Recover) -> messages.Recovered:
         """Settle transactions in doubt, and say how."""

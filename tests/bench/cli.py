@@ -1,8 +1,8 @@
 """The benchmark, `make bench`: how long a program falls silent while it moves, and what that takes.
 
 Silence: the longest time between two lines of a program that writes one every 2 ms; the median of
-some moves. Every line must come, once, in order. Nothing here is a test: times depend on the machine,
-so they are compared within one run.
+some moves. Every line must come, once, in order. Nothing here is a test: times depend on the
+machine, so they are compared within one run.
 """
 
 import argparse

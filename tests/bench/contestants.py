@@ -39,8 +39,9 @@ $owner criu restore --restore-detached --images-dir "$images" --log-file restore
 _BY_HAND = f"""{_DUMP}
 tar -C "$images" -cf - . | ssh -c aes128-gcm@openssh.com "$peer" "
     mkdir '$images' && trap 'rm -rf \\"$images\\"' EXIT && tar -C '$images' -xf - &&
-    $owner unshare --pid --mount-proc --fork criu restore --images-dir '$images' --log-file restore.log \\
-        --shell-job --manage-cgroups=ignore --inherit-fd 'fd[1]:$pipe' </dev/null"
+    $owner unshare --pid --mount-proc --fork criu restore \\
+        --images-dir '$images' --log-file restore.log --shell-job \\
+        --manage-cgroups=ignore --inherit-fd 'fd[1]:$pipe' </dev/null"
 """
 _OURS = 'echo "$EPOCHREALTIME"; migrate -p "$1" -h "$2"; s=$?; echo "$EPOCHREALTIME"; exit "$s"'
 

@@ -89,7 +89,7 @@ def resting(nodes: Nodes) -> Resting:
             migd=_footprint(_of_role(nodes, HOME, "bin/migd")),
             guard=_footprint(_of_role(nodes, HOME, "agent.guard")),
             keeper=_footprint(_of_role(nodes, AWAY, "agent.keeper")),
-            deputy=_footprint(_of_role(nodes, HOME, "deputy.py")),
+            deputy=_footprint([ticker.original]),
         )
 
 
@@ -97,7 +97,7 @@ def extra_of_move(nodes: Nodes, mebibytes: int) -> Extra:
     """Watch both sides of one move; the program's own memory is not counted as extra."""
     source, destination = (_Peak(nodes.node(name)) for name in (HOME, AWAY))
     with Ticker(nodes, mebibytes) as ticker:
-        own_kib = sum(task.anonymous_kib() for task in ticker.tasks(HOME))
+        own_kib = ticker.original.anonymous_kib()
         with source.watched(), destination.watched():
             Ours(nodes).move(ticker)
             ticker.wait_for_lines(SETTLE_LINES)

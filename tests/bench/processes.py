@@ -48,6 +48,14 @@ class Task:
         """What it has in memory, a page that n processes share counted as 1/n; 0 if it has gone."""
         return self._field("smaps_rollup", "Pss:")
 
+    def node_pids(self) -> list[int]:
+        """Its pid in the node, and in each pid namespace within; none if it has gone."""
+        with suppress(*GONE):
+            for line in Path(f"/proc/{self.pid}/status").read_text().splitlines():
+                if line.startswith("NSpid:"):
+                    return [int(word) for word in line.split()[2:]]
+        return []
+
     def cpu_ms(self) -> float:
         """CPU time of all its threads so far."""
         threads = Path(f"/proc/{self.pid}/task").iterdir()
@@ -78,7 +86,7 @@ def _memory_file_systems(node: Node) -> Iterator[tuple[int, str]]:
     namespaces: set[str] = set()
     for pid in cgroup.pids(node.cgroup):
         with suppress(*GONE):
-            namespace = os.readlink(f"/proc/{pid}/ns/mnt")
+            namespace = str(Path(f"/proc/{pid}/ns/mnt").readlink())
             if namespace in namespaces:
                 continue
             namespaces.add(namespace)
@@ -95,7 +103,7 @@ def tmpfs_kib(node: Node) -> int:
     used: dict[int, int] = {}
     for device, path in _memory_file_systems(node):
         with suppress(OSError):
-            if device not in used and os.stat(path).st_dev == device:  # not mounted over
+            if device not in used and Path(path).stat().st_dev == device:  # not mounted over
                 state = os.statvfs(path)
                 used[device] = (state.f_blocks - state.f_bfree) * state.f_frsize // 1024
     return sum(used.values())

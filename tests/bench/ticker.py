@@ -11,6 +11,7 @@ import threading
 import time
 from array import array
 from dataclasses import dataclass, field
+from itertools import pairwise
 from types import TracebackType
 from typing import Self
 
@@ -18,7 +19,6 @@ from testbed.client import Nodes
 
 from bench.errors import BenchFailed
 from bench.processes import Task, tasks
-import itertools
 
 INTERVAL_SECONDS = 0.002
 HOME = "node1"
@@ -89,8 +89,13 @@ class Ticker:
         return f"pipe:[{self.pipe_inode}]"
 
     def tasks(self, node: str) -> list[Task]:
-        """Its processes on a node: none, or one."""
+        """Its processes on a node, its deputy and its shell among them."""
         return [task for task in tasks(self.nodes.node(node)) if self.mark in task.command]
+
+    @property
+    def original(self) -> Task:
+        """What bears its pid at home, outside of any capsule: itself at first, then its deputy."""
+        return next(task for task in self.tasks(HOME) if task.node_pids() == [self.pid])
 
     def wait_for_lines(self, count: int) -> None:
         """Return when it has written `count` more lines.
@@ -112,7 +117,7 @@ class Ticker:
         """
         with self._changed:
             times = list(self._times)
-        pairs = itertools.pairwise(times)
+        pairs = pairwise(times)
         return max(after - before for before, after in pairs if after > since) * 1000
 
     def close(self) -> None:
