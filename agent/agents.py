@@ -19,6 +19,7 @@ from agent import syscalls
 from agent.cgroups import dissolve
 from agent.link import Link, Offer, Packet, connect
 from migrate import paths
+from migrate.framing import MALFORMED
 
 log = logging.getLogger(__name__)
 
@@ -135,7 +136,7 @@ class Agents:
 
 
 def _read_offer(directory: Path) -> Offer | None:
-    with contextlib.suppress(OSError, msgspec.MsgspecError):
+    with contextlib.suppress(OSError, *MALFORMED):
         return msgspec.msgpack.decode((directory / "offer").read_bytes(), type=Offer)
     return None
 

@@ -48,6 +48,7 @@ from criu_hooks.tree import ProcessTree
 from migrate import messages, paths
 from migrate.config import Config, Host, load_config
 from migrate.errors import HostError, MigrateError, PeerError, UserError
+from migrate.framing import MALFORMED
 
 log = logging.getLogger(__name__)
 
@@ -712,7 +713,7 @@ class Broker:
         """A question of another migd. Raises MigrateError, which is told to it."""
         try:
             question = peer_messages.decode_question(payload)
-        except msgspec.MsgspecError as error:
+        except MALFORMED as error:
             raise PeerError(
                 "question", f"makes no sense here ({error})", "use the same version"
             ) from None

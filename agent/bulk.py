@@ -17,6 +17,7 @@ from agent.link import TransactionMessage
 from agent.reactor import READ, WRITE, Reactor
 from agent.waiting import wait_for
 from migrate.errors import PeerError
+from migrate.framing import MALFORMED
 
 MESSAGE = 1
 PAGES = 2
@@ -99,7 +100,7 @@ class Bulk:
         """What a MESSAGE frame says. Raises PeerError."""
         try:
             return _decode.decode(payload)
-        except msgspec.MsgspecError as error:
+        except MALFORMED as error:
             raise PeerError(f"host {self.peer}", f"its message makes no sense ({error})") from None
 
     def _take(self, size: int, patience: float | None) -> bytearray:

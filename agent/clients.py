@@ -9,12 +9,10 @@ import struct
 from collections import Counter
 from pathlib import Path
 
-import msgspec
-
 from agent.broker import Broker, Tell
 from migrate import messages, paths
 from migrate.errors import MigrateError, UserError
-from migrate.framing import FrameError, encode_frame, read_frame
+from migrate.framing import MALFORMED, FrameError, encode_frame, read_frame
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +61,7 @@ class ClientServer:
                 return
             try:
                 request = messages.decode_request(frame)
-            except msgspec.MsgspecError as error:
+            except MALFORMED as error:
                 raise UserError("request", f"makes no sense to migd ({error})") from None
             if request.protocol != messages.PROTOCOL:
                 raise UserError(

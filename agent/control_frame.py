@@ -14,7 +14,7 @@ from migrate.errors import (
     PeerError,
     UserError,
 )
-from migrate.framing import MAX_FRAME_BYTES
+from migrate.framing import MALFORMED, MAX_FRAME_BYTES
 
 HEADER_BYTES = 5
 MAX_PAYLOAD_BYTES = MAX_FRAME_BYTES - HEADER_BYTES
@@ -76,7 +76,7 @@ def decode_error(payload: bytes, peer: str) -> MigrateError:
     """The error that a peer reports, of its original class."""
     try:
         failure = msgspec.msgpack.decode(payload, type=_Failure)
-    except msgspec.MsgspecError:
+    except MALFORMED:
         return PeerError(f"host {peer}", "it reports a failure that makes no sense")
     blamed = next((known for known in _ERRORS if known.__name__ == failure.blame), PeerError)
     return blamed(one_line(failure.what), one_line(failure.reason), one_line(failure.remedy))

@@ -305,7 +305,7 @@ class Guard:
                         self._deputy.close_descriptor(fd)
                     if self._exit_code is not None:
                         self._deputy.end(self._exit_code)
-                    elif self._guest_stopped:
+                    elif self._guest_stopped and not self._deputy_stopped:
                         self._deputy.stop(self._guest_stopped)
                 case Signalled(number, value):
                     self._to_keeper(guestwords.Signal(number, value))

@@ -41,10 +41,11 @@ from agent.link import (
 from agent.reactor import READ, Reactor
 from agent.view_server import VIEW_WINDOW
 from agent.waiting import wait_until
-from agent.wire import Stream
+from agent.wire import ProtocolError, Stream
 from criu_hooks.calls import CriuCall
 from criu_hooks.proc import boot_id
 from migrate.errors import HostError, MigrateError, PeerError
+from migrate.framing import MALFORMED
 
 log = logging.getLogger(__name__)
 
@@ -420,7 +421,11 @@ class GuestHost:
         if self._handing_over:
             return False
         root = self._offer.ids.pid
-        match guestwords.decode_for_keeper(message):
+        try:
+            word = guestwords.decode_for_keeper(message)
+        except MALFORMED as error:
+            raise ProtocolError(f"a message that makes no sense: {error}") from None
+        match word:
             case guestwords.Signal(number, value):
                 if self._exit_code is not None or not 1 <= number <= 64:
                     return True

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import msgspec
 
 from agent.wire import Stream
@@ -84,8 +86,8 @@ ToKeeper = Signal | Kill | GoOn
 ToGuard = Started | Stopped | Continued | Ended
 
 encode = msgspec.msgpack.Encoder().encode
-decode_for_keeper = msgspec.msgpack.Decoder(ToKeeper).decode
-decode_for_guard = msgspec.msgpack.Decoder(ToGuard).decode
+decode_for_keeper: Callable[[bytes], ToKeeper] = msgspec.msgpack.Decoder(ToKeeper).decode
+decode_for_guard: Callable[[bytes], ToGuard] = msgspec.msgpack.Decoder(ToGuard).decode
 
 VIEW_STREAM = 1
 FIRST_PIPE_STREAM = 16

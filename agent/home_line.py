@@ -9,7 +9,9 @@ from agent.lifeline import Lifeline
 from agent.link import Owner
 from agent.reactor import Reactor
 from agent.view_server import ViewServer
+from agent.wire import ProtocolError
 from migrate.errors import PeerError
+from migrate.framing import MALFORMED
 
 
 class HomeLine:
@@ -35,7 +37,7 @@ class HomeLine:
             reactor,
             guest,
             leads=False,
-            on_message=lambda message: on_word(self, guestwords.decode_for_guard(message)),
+            on_message=lambda message: on_word(self, _understand(message)),
             on_down=lambda reason: on_down(self, reason),
         )
         self._view = ViewServer(reactor, self.lifeline, owner) if serve_view else None
@@ -49,3 +51,11 @@ class HomeLine:
         if self._view is not None:
             self._view.close()
         self.lifeline.detach()
+
+
+def _understand(message: bytes) -> guestwords.ToGuard:
+    """:raises ProtocolError: it is no message of a keeper; the lifeline gives the transport up."""
+    try:
+        return guestwords.decode_for_guard(message)
+    except MALFORMED as error:
+        raise ProtocolError(f"a message that makes no sense: {error}") from None

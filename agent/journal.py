@@ -76,7 +76,14 @@ _COLUMNS = (
     "id, side, state, guest, peer, peer_boot_id, home, pid, starttime_ticks, user, uid, command,"
     " origin_cgroup, reason, since, boot_id"
 )
-_FINAL = (State.RESUMED, State.ABORTED, State.ENDED)
+_NEXT = {
+    State.BEGUN: {State.COMMITTED, State.ABORTED},
+    State.OFFERED: {State.RESUMED, State.ABORTED},
+    State.COMMITTED: {State.RESUMED, State.ABORTED, State.ENDED},
+    State.RESUMED: {State.ENDED},
+    State.ABORTED: set[State](),
+    State.ENDED: set[State](),
+}
 
 
 class Journal:
@@ -135,7 +142,10 @@ class Journal:
         """From state `after` to `state`; False (and nothing written) if it is in another state.
 
         This is what decides between a commit and an abort that happen at the same time.
+        A step that no migration takes (say from ABORTED to RESUMED) is refused as well.
         """
+        if state not in _NEXT[after]:
+            return False
         cursor = self._db.execute(
             "UPDATE migration SET state = ?, reason = ?, since = ? WHERE id = ? AND side = ? AND state = ?",
             (state, reason, time.time(), transaction, side, after),

@@ -17,6 +17,7 @@ from agent import wire
 from agent.reactor import BROKEN, READ, WRITE, Reactor, Timer
 from agent.wire import HEADER, Hello, LifelineState, Position, ProtocolError, Receiver, Stream
 from migrate.errors import PeerError
+from migrate.framing import MALFORMED
 
 CONTROL: Final = 0
 """The stream of the messages."""
@@ -391,7 +392,7 @@ class Mux:
     def _greeted(self, payload: bytes) -> None:
         try:
             hello = _decode_hello(payload)
-        except msgspec.MsgspecError as error:
+        except MALFORMED as error:
             raise ProtocolError(f"malformed HELLO: {error}") from error
         if hello.magic != wire.MAGIC:
             raise ProtocolError("another version of the lifeline")

@@ -14,6 +14,7 @@ from typing import Annotated, TypeAlias
 import msgspec
 
 from agent.wire import StreamState
+from migrate.framing import MALFORMED
 
 MAX_PACKET = 1 << 17
 MAX_FDS = 8
@@ -241,7 +242,12 @@ class Link:
             return None
         for fd in fds:
             os.set_inheritable(fd, False)
-        return _decode(data), fds
+        try:
+            return _decode(data), fds
+        except MALFORMED:
+            for fd in fds:
+                os.close(fd)
+            return None
 
     def close(self) -> None:
         self.socket.close()

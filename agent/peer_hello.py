@@ -12,6 +12,7 @@ import msgspec
 
 from agent.peer_errors import PeerUnreachable, one_line
 from migrate.errors import PeerError
+from migrate.framing import MALFORMED
 
 PROTOCOL = 1
 """Raised whenever the meaning of any message between hosts changes."""
@@ -107,7 +108,7 @@ def check_caller(payload: bytes, known_as: str) -> Hello:
 def _understand(payload: bytes, peer: str) -> Word:
     try:
         return decode_word(payload)
-    except msgspec.MsgspecError as error:
+    except MALFORMED as error:
         reason = f"its greeting makes no sense ({one_line(str(error))})"
         raise PeerUnreachable(f"host {peer}", reason) from None
 

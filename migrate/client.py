@@ -5,11 +5,9 @@ from __future__ import annotations
 import socket
 from collections.abc import Iterator
 
-import msgspec
-
 from migrate import messages, paths
 from migrate.errors import HostError
-from migrate.framing import recv_frame, send_frame
+from migrate.framing import MALFORMED, recv_frame, send_frame
 
 
 def ask(request: messages.Request) -> Iterator[messages.Reply]:
@@ -29,7 +27,7 @@ def ask(request: messages.Request) -> Iterator[messages.Reply]:
             try:
                 frame = recv_frame(sock)
                 reply = messages.decode_reply(frame) if frame is not None else None
-            except (OSError, msgspec.MsgspecError) as error:
+            except (OSError, *MALFORMED) as error:
                 raise HostError("migd", f"the connection broke ({error})") from None
             if reply is None:
                 raise HostError(

@@ -5,7 +5,12 @@ What comes in may be hostile: a length beyond the limit is refused before anythi
 
 from typing import Protocol
 
+import msgspec
+
 from migrate.errors import MigrateError
+
+MALFORMED = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+"""Everything that decoding a hostile msgpack message can raise."""
 
 HEADER_BYTES = 4
 MAX_FRAME_BYTES = 1 << 20

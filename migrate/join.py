@@ -23,6 +23,7 @@ from migrate.config import (
 from migrate.config_edit import with_host
 from migrate.errors import ConfigError, HostError, MigrateError, PeerError, UserError
 from migrate.files import locked, write_file
+from migrate.framing import MALFORMED
 from migrate.join_ids import Standing, agree_on_ids
 from migrate.place import Place
 from migrate.trust import PublicKey, authorize, know, parse_public_key
@@ -153,7 +154,7 @@ def accept(place: Place, question: bytes) -> bytes:
 def _accept(place: Place, question: bytes) -> JoinAnswer:
     try:
         request = msgspec.json.decode(question, type=JoinRequest)
-    except msgspec.MsgspecError as error:
+    except MALFORMED as error:
         raise PeerError("the request to join", f"makes no sense: {error}") from None
     if request.protocol != PROTOCOL:
         raise PeerError(
@@ -185,7 +186,7 @@ def _understand(output: bytes, host: str) -> JoinAnswer:
         raise PeerError(what, "its answer is too long")
     try:
         answer = msgspec.json.decode(last, type=JoinAnswer | JoinRefusal)
-    except msgspec.MsgspecError:
+    except MALFORMED:
         raise PeerError(what, "its answer makes no sense", "is it the same version?") from None
     if isinstance(answer, JoinRefusal):
         about = _printable(answer.what)

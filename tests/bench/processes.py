@@ -8,7 +8,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from testbed import cgroup
 from testbed.node import Node
 
 GONE = (FileNotFoundError, ProcessLookupError, PermissionError)
@@ -72,19 +71,29 @@ class Task:
 def tasks(node: Node) -> list[Task]:
     """All processes of a node, but kernel threads and zombies."""
     found = []
-    with suppress(*GONE):  # a cgroup that is being removed
-        for pid in cgroup.pids(node.cgroup):
-            with suppress(*GONE):
-                command = Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0")
-                if command:
-                    found.append(Task(pid, command.replace(b"\0", b" ").decode(errors="replace")))
+    for pid in _pids(node):
+        with suppress(*GONE):
+            command = Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0")
+            if command:
+                found.append(Task(pid, command.replace(b"\0", b" ").decode(errors="replace")))
     return found
+
+
+def _pids(node: Node) -> set[int]:
+    """Of every process of a node, while cgroups come and go."""
+    found: set[int] = set()
+    for directory, _, files in os.walk(node.cgroup):
+        if "cgroup.procs" in files:
+            with suppress(OSError):  # that cgroup has been removed
+                words = (Path(directory) / "cgroup.procs").read_text().split()
+                found.update(int(word) for word in words)
+    return found - {0}
 
 
 def _memory_file_systems(node: Node) -> Iterator[tuple[int, str]]:
     """Each tmpfs of a node: device number, a path to it. In whatever mount namespace it is."""
     namespaces: set[str] = set()
-    for pid in cgroup.pids(node.cgroup):
+    for pid in _pids(node):
         with suppress(*GONE):
             namespace = str(Path(f"/proc/{pid}/ns/mnt").readlink())
             if namespace in namespaces:

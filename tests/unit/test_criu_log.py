@@ -19,7 +19,7 @@ OTHER_BUILD = """\
 (00.020001) Error (criu/cr-restore.c:2324): Restoring FAILED.
 """
 MISSING_FILE = """\
-(00.010112)   6699: Error (criu/files-reg.c:2353): Can't open file home/alice/out.log on restore: No such file or directory
+(00.010112)   6699: Error (criu/files-reg.c:2353): Can't open file home/alice/out.log on restore: No such file
 (00.010130)   6699: Error (criu/files-reg.c:2267): Can't open file home/alice/out.log: No such file or directory
 (00.020001) Error (criu/cr-restore.c:2324): Restoring FAILED.
 """

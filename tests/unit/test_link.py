@@ -24,6 +24,7 @@ from agent.link import (
     NeedLifeline,
     Offer,
     Owner,
+    Packet,
     Progress,
     StartDeparture,
     TreeIds,
@@ -61,7 +62,12 @@ def links() -> Iterator[tuple[Link, Link]]:
 
 
 def test_packets_keep_their_type_order_and_contents(links: tuple[Link, Link]) -> None:
-    sent = [START, Attach("lifeline", "node2"), Progress("dumped", 7, 48.5), EndGuest("evicted")]
+    sent: list[Packet] = [
+        START,
+        Attach("lifeline", "node2"),
+        Progress("dumped", 7, 48.5),
+        EndGuest("evicted"),
+    ]
     for packet in sent:
         assert links[0].send(packet)
     assert [links[1].receive() for _ in sent] == [(packet, []) for packet in sent]
@@ -146,12 +152,12 @@ def test_a_listener_never_blocks(tmp_path: Path) -> None:
 def test_nobody_there_is_an_error_and_leaks_nothing(tmp_path: Path) -> None:
     with listen(tmp_path / "dead"):
         pass
-    before = os.listdir("/proc/self/fd")
+    before = set(Path("/proc/self/fd").iterdir())
     with pytest.raises(ConnectionRefusedError):
         connect(tmp_path / "dead")
     with pytest.raises(FileNotFoundError):
         connect(tmp_path / "never")
-    assert os.listdir("/proc/self/fd") == before
+    assert set(Path("/proc/self/fd").iterdir()) == before
 
 
 def test_stdin_is_taken_once_and_dev_null_stands_in_its_place() -> None:
@@ -165,7 +171,7 @@ def test_stdin_is_taken_once_and_dev_null_stands_in_its_place() -> None:
         with theirs:
             child = subprocess.run(
                 [sys.executable, "-c", program],
-                stdin=theirs,
+                stdin=theirs.fileno(),
                 timeout=30,
                 cwd=Path(__file__).parents[2],
             )
@@ -183,9 +189,10 @@ def test_a_move_in_doubt_says_what_to_wait_for() -> None:
     assert "migctl recover" in failed.remedy
 
 
+POSITION = guestwords.StreamPosition(16, 4711, 4000, False)
 GUARD_WORDS = [guestwords.Signal(15), guestwords.Signal(10, 7), guestwords.Kill()]
 KEEPER_WORDS = [
-    guestwords.Started(3, ((16, 4711),)),
+    guestwords.Started(3, (POSITION,)),
     guestwords.Stopped(20, ((1, 512),)),
     guestwords.Continued(),
     guestwords.Ended(-9),
@@ -193,7 +200,7 @@ KEEPER_WORDS = [
 ]
 
 
-@pytest.mark.parametrize("word", [*GUARD_WORDS, guestwords.GoOn(((16, 4711),))])
+@pytest.mark.parametrize("word", [*GUARD_WORDS, guestwords.GoOn((POSITION,))])
 def test_a_keeper_understands_what_guards_say(word: guestwords.ToKeeper) -> None:
     assert guestwords.decode_for_keeper(guestwords.encode(word)) == word
 

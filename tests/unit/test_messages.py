@@ -22,7 +22,7 @@ from migrate.messages import (
     encode,
 )
 
-REQUESTS = [
+REQUESTS: list[messages.Request] = [
     Move(6699),
     Move(0x7FFFFFFF, "node3", 3, True),
     ListGuests(),

@@ -1,5 +1,6 @@
 """The page stream of a dump: criu's questions are answered, and images come out at the other end."""
 
+import itertools
 import os
 import random
 import struct
@@ -13,7 +14,6 @@ from hypothesis import strategies as st
 
 from criu_hooks import pages
 from criu_hooks.pages import PAGE_SIZE, PageImageWriter, PageSource, PageStreamError
-import itertools
 
 # criu/page-xfer.c: PS_IOV_*, PS_TYPE_*; criu/include/pagemap.h: PE_*.
 ADD, HOLE, OPEN, OPEN2, PARENT, ADD_F, GET, CLOSE, FORCE_CLOSE = 1, 2, 3, 4, 5, 6, 7, 0x1023, 0x1024
