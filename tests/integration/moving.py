@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TypeVar
 
 from programs import PROGRAMS
-from testbed import cgroup
 from testbed.client import Nodes, Result
 
 PATIENCE_SECONDS = 30.0
@@ -145,9 +144,7 @@ class Desk:
 
     def set_up(self) -> None:
         """Make the directory and the programs."""
-        script = (
-            'mkdir "$1"; cd "$1"; shift; while [ $# -gt 0 ]; do printf %s "$2" >"$1"; shift 2; done'
-        )
+        script = 'mkdir "$1"; cd "$1"; shift; while [ $# -gt 0 ]; do printf %s "$2" >"$1"; shift 2; done'
         words = [word for item in PROGRAMS.items() for word in item]
         self.nodes.sh(self.home, script, self.directory, *words, user=self.user)
 
@@ -213,7 +210,9 @@ class Desk:
         shell = self.shell(f'{command} &\necho "pid $!"\nwait $!\necho "status $?"')
         return shell, shell.pid()
 
-    def migrate(self, *words: str, node: str = "", user: str = "", check: bool = False) -> Result:
+    def migrate(
+        self, *words: str, node: str = "", user: str = "", check: bool = False
+    ) -> Result:
         """Run `migrate` with these words."""
         return self.nodes.exec(
             node or self.home, ["migrate", *words], user=user or self.user, check=check
@@ -271,9 +270,10 @@ def guest_pids(nodes: Nodes, node: str, pid: int) -> list[int]:
     return [int(word) for word in nodes.sh(node, script, SLICE, str(pid)).split()]
 
 
-def frozen(nodes: Nodes, node: str, pid: int) -> bool:
-    """Whether a guest's cgroup says that it stands still."""
-    return "frozen 1" in (guest_trees(nodes, node)[pid] / "cgroup.events").read_text()
+def told_to_freeze(nodes: Nodes, node: str, pid: int) -> bool:
+    """Whether a guest's cgroup is to stand still. (One that waits for its files never says that it
+    does, but uses no CPU either.)"""
+    return (guest_trees(nodes, node)[pid] / "cgroup.freeze").read_text() == "1\n"
 
 
 def agent_pids(nodes: Nodes, node: str, role: str) -> list[int]:
@@ -307,10 +307,11 @@ def _leftovers(nodes: Nodes, node: str) -> Iterator[str]:
 
 
 def sweep(nodes: Nodes) -> None:
-    """After a test that failed: kill every guest, and those who look after them."""
+    """After a test that failed: kill every guest, and those who look after them; migd removes the rest."""
     for node in nodes.names:
         for tree in (nodes.node(node).cgroup / SLICE).glob("*/"):
-            cgroup.kill(tree)
+            with suppress(FileNotFoundError):
+                (tree / "cgroup.kill").write_text("1")
 
 
 def _proc(nodes: Nodes, node: str) -> Path:

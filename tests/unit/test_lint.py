@@ -57,6 +57,10 @@ def test_ruff_finds_nothing() -> None:
     run("ruff", "check", ".")
 
 
+def test_the_code_is_formatted() -> None:
+    run("ruff", "format", "--check", ".")
+
+
 def test_the_types_fit() -> None:
     run("mypy")
 
