@@ -38,12 +38,18 @@ def desk(nodes: Nodes) -> Iterator[Desk]:
     guests is left on any node: that is part of every test that uses it."""
     made = Desk(nodes, f"desk{next(_numbers)}")
     made.set_up()
+    before = leftovers(nodes)  # of tests that failed
+
+    def new() -> list[str]:
+        return [thing for thing in leftovers(nodes) if thing not in before]
+
     try:
         yield made
         nodes.restore()
-        until(lambda: not leftovers(nodes), "nothing is left of the guests", 20)
-    except AssertionError:
-        pytest.fail("left behind:\n" + "\n".join(leftovers(nodes)))
+        try:
+            until(lambda: not new(), "nothing is left of the guests", 20)
+        except AssertionError:
+            pytest.fail("left behind:\n" + "\n".join(new()))
     finally:
         nodes.restore()
         sweep(nodes)

@@ -144,7 +144,9 @@ class Desk:
 
     def set_up(self) -> None:
         """Make the directory and the programs."""
-        script = 'mkdir "$1"; cd "$1"; shift; while [ $# -gt 0 ]; do printf %s "$2" >"$1"; shift 2; done'
+        script = (
+            'mkdir "$1"; cd "$1"; shift; while [ $# -gt 0 ]; do printf %s "$2" >"$1"; shift 2; done'
+        )
         words = [word for item in PROGRAMS.items() for word in item]
         self.nodes.sh(self.home, script, self.directory, *words, user=self.user)
 
@@ -210,9 +212,7 @@ class Desk:
         shell = self.shell(f'{command} &\necho "pid $!"\nwait $!\necho "status $?"')
         return shell, shell.pid()
 
-    def migrate(
-        self, *words: str, node: str = "", user: str = "", check: bool = False
-    ) -> Result:
+    def migrate(self, *words: str, node: str = "", user: str = "", check: bool = False) -> Result:
         """Run `migrate` with these words."""
         return self.nodes.exec(
             node or self.home, ["migrate", *words], user=user or self.user, check=check

@@ -120,7 +120,7 @@ def test_a_guest_whose_host_dies_is_lost_and_its_shell_is_told(desk: Desk) -> No
 
 
 def test_a_guest_ends_when_its_home_has_restarted(desk: Desk) -> None:
-    shell, _ = guest(desk)
+    guest(desk)
     desk.nodes.kill("node1")
     desk.nodes.boot("node1")
     until(lambda: not guests_at(desk.nodes, "node2"), "the guest has been ended", 120)

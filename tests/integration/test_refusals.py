@@ -221,9 +221,7 @@ def test_a_pid_that_can_move_moves_though_another_is_refused(desk: Desk) -> None
         (["--no-such-option"], "no-such-option"),
     ],
 )
-def test_a_host_that_cannot_be_meant(
-    desk: Desk, counter: int, words: list[str], said: str
-) -> None:
+def test_a_host_that_cannot_be_meant(desk: Desk, counter: int, words: list[str], said: str) -> None:
     assert said in refused(desk, "-p", str(counter), *words)
 
 
@@ -308,7 +306,9 @@ def test_a_host_where_the_user_has_no_account(desk: Desk, counter: int) -> None:
 
 
 def test_a_host_where_the_users_name_is_somebody_elses(desk: Desk, counter: int) -> None:
-    desk.nodes.sh("node2", "cp /etc/passwd /etc/passwd.kept; sed -i s/^alice:x:1001/alice:x:1999/ /etc/passwd")
+    desk.nodes.sh(
+        "node2", "cp /etc/passwd /etc/passwd.kept; sed -i s/^alice:x:1001/alice:x:1999/ /etc/passwd"
+    )
     try:
         line = refused(desk, "-p", str(counter), "-h", "node2")
         assert "alice has uid 1999 there" in line
@@ -391,7 +391,9 @@ def test_the_peer_socket_is_closed_to_users(nodes: Nodes) -> None:
         assert nodes.exec("node1", ["python3", "-c", connect], user=user).stdout == "EACCES\n"
 
 
-@pytest.mark.parametrize("path", ["/run/migrate/guests", "/etc/migrate/ssh", "/var/lib/migrate/journal.db"])
+@pytest.mark.parametrize(
+    "path", ["/run/migrate/guests", "/etc/migrate/ssh", "/var/lib/migrate/journal.db"]
+)
 def test_what_is_roots_is_closed_to_users(nodes: Nodes, path: str) -> None:
     nodes.exec("node1", ["test", "-e", path])
     for user in ("alice", "bob"):

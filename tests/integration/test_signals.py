@@ -5,7 +5,11 @@ import signal
 import pytest
 from moving import Desk, guest_pids, guests_at, process_state, until
 
-ROUTES = {"one hop": ["node2"], "two hops": ["node2", "node3"], "there and home": ["node2", "node1"]}
+ROUTES = {
+    "one hop": ["node2"],
+    "two hops": ["node2", "node3"],
+    "there and home": ["node2", "node1"],
+}
 
 
 def go(desk: Desk, pid: int, route: str) -> None:

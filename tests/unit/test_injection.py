@@ -37,6 +37,7 @@ PARENT = """
 import os, sys
 pid = os.fork()
 if pid == 0:
+    os.setpgid(0, 0)  # not orphaned, wherever the tests were started: a SIGTSTP stops it
     os.execv(sys.argv[1], sys.argv[1:])
 print(pid, flush=True)
 while True:
