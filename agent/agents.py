@@ -149,3 +149,5 @@ def clean_up(role: str, guest: str) -> None:
         with contextlib.suppress(OSError):
             syscalls.umount(directory / name, syscalls.MNT_DETACH)
     shutil.rmtree(directory, ignore_errors=True)
+    if role == "guard":
+        (paths.RUN_DIR / "deputies" / guest).unlink(missing_ok=True)

@@ -371,7 +371,13 @@ class Broker:
     async def _send_away(self, request: messages.Move, tree: ProcessTree, tell: Tell) -> Departed:
         named = self._named_host(request)
         if named is not None:
-            return await self._depart(tree, named, tell)
+            try:
+                return await self._depart(tree, named, tell)
+            except AnswerLost as error:
+                # The control connection was dead without our knowing; the next one is fresh, and
+                # an offer that did arrive ends by itself.
+                log.info("%s; once more", error)
+                return await self._depart(tree, named, tell)
         refused: set[str] = set()
         while True:
             host = await choose_host(self._config, self._peers, frozenset(refused))

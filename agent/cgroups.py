@@ -120,7 +120,11 @@ class Cgroup:
             poll.register(file, select.POLLPRI)
             while True:
                 file.seek(0)
-                if (f"{name} 1" in file.read().splitlines()) is wanted:
+                try:
+                    lines = file.read().splitlines()
+                except OSError:  # ENODEV: removed meanwhile
+                    return not wanted
+                if (f"{name} 1" in lines) is wanted:
                     return True
                 left = deadline - time.monotonic()
                 if left <= 0:

@@ -445,7 +445,9 @@ class GuestHost:
         if self._exit_code is None and not self._gone_on:
             log.warning("%s: lifeline: %s", self._guest, reason.reason)
             self._say(LifelineCut())
-            self._reactor.call_later(self._offer.cut_freeze_seconds, self._freeze_if_cut)
+            silent = time.monotonic() - (self._lifeline.last_heard if self._lifeline else 0)
+            patience = max(0.0, self._offer.cut_freeze_seconds - silent)
+            self._reactor.call_later(patience, self._freeze_if_cut)
 
     def _freeze_if_cut(self) -> None:
         running = self._capsule is not None and self._criu and self._exit_code is None

@@ -93,11 +93,17 @@ def _run_inside(
         finally:
             os._exit(status)
     link.close()
+    if view is not None:
+        # The inner process alone holds the other end now: when it ends, so does sshfs, and nobody
+        # is left waiting for a file of home's. Only then can the pid namespace come to its end.
+        view.socket.close()
     try:
         _, status = os.waitpid(inner, 0)
         if status:
             log.warning("%s: inner keeper: %s", offer.guest, os.waitstatus_to_exitcode(status))
     finally:
+        if view is not None:
+            view.close()
         if init:
             os.kill(init, signal.SIGKILL)
             os.waitpid(init, 0)

@@ -29,6 +29,8 @@ READ_BYTES: Final = 1 << 18
 VECTORS: Final = 512
 WRITES_A_TURN: Final = 8
 HEARTBEAT_SECONDS: Final = 5.0
+SILENT_PINGS: Final = 3
+"""So many heartbeats without any sign of life, and the transport counts as lost."""
 
 OnMessage = Callable[[bytes], bool | None]
 
@@ -499,6 +501,7 @@ class Lifeline:
         self._in, self._out = fd_in, fd_out
         self._writing = False
         self.mux.connect()
+        self.last_heard = time.monotonic()
         self._schedule_heartbeat()
 
     def detach(self) -> None:
@@ -586,6 +589,9 @@ class Lifeline:
         if not self._ping_seconds:
             return
         quiet = time.monotonic() - self.last_heard
+        if quiet >= SILENT_PINGS * self._ping_seconds:
+            self._lost("no sign of life")
+            return
         if quiet >= self._ping_seconds:
             self.mux.ping()
             quiet = 0.0

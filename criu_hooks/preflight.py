@@ -14,7 +14,12 @@ from criu_hooks.preflight_files import (
     file_notes,
     file_obstacles,
 )
-from criu_hooks.preflight_identity import forbidden, identity_notes, identity_obstacles
+from criu_hooks.preflight_identity import (
+    forbidden,
+    identity_notes,
+    identity_obstacles,
+    own_shell,
+)
 from criu_hooks.preflight_sharing import sharing_obstacles
 from criu_hooks.surroundings import Surroundings
 from criu_hooks.tree import Process, ProcessTree, gone
@@ -100,6 +105,8 @@ def examine(
     if obstacle := forbidden(tree.root, caller_uid):
         return (obstacle,)
     around = surroundings or _gather(tree, expected_namespaces, caller_pid)
+    if around.callers & tree.pids:
+        return (own_shell(tree),)  # the rest would be about the client itself
     policy = Policy(in_view, ghost_limit_bytes, link_remap)
     return (
         *identity_obstacles(tree, around),

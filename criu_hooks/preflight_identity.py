@@ -55,14 +55,17 @@ def _owned(process: Process, uid: int) -> bool:
     )
 
 
+def own_shell(tree: ProcessTree) -> Obstacle:
+    """The client that asks runs in the tree itself."""
+    return Obstacle(
+        process_subject(tree.root),
+        "the migrate command itself runs in it",
+        "run migrate from another terminal",
+    )
+
+
 def identity_obstacles(tree: ProcessTree, around: Surroundings) -> Iterator[Obstacle]:
     """What is wrong with the processes themselves; their files are looked at elsewhere."""
-    if around.callers & tree.pids:
-        yield Obstacle(
-            process_subject(tree.root),
-            "the migrate command itself runs in it",
-            "run migrate from another terminal",
-        )
     for process in tree.members:
         if process is not tree.root and process.zombie and process.status.threads <= 1:
             continue

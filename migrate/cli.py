@@ -79,6 +79,13 @@ def _move(pid: int, request: messages.Move, verbose: bool, debug: bool) -> bool:
     return True
 
 
+def _parse_host_id(word: str) -> int:
+    """:raises MigrateError: it is no host id."""
+    if word.isascii() and word.isdecimal() and 1 <= int(word[:6]) <= HOST_ID_MAX and len(word) <= 5:
+        return int(word)
+    raise MigrateError(f"host id {word}", f"host ids are 1 to {HOST_ID_MAX}", "use -h for a name")
+
+
 @app.command()
 def migrate(
     pids: Annotated[
@@ -93,7 +100,7 @@ def migrate(
         str | None, typer.Option("-h", metavar="HOST", help="Where to, by name.")
     ] = None,
     host_id: Annotated[
-        int | None, typer.Option("-H", metavar="ID", help="Where to, by number.")
+        str | None, typer.Option("-H", metavar="ID", help="Where to, by number.")
     ] = None,
     verbose: Annotated[
         bool, typer.Option("-v", help="Say what was done, also when piped.")
@@ -109,13 +116,12 @@ def migrate(
     # Neither must be taken for «any host», which is what migd is told by leaving them out.
     if host == "":
         raise MigrateError("-h", "names no host", "leave it out to have one chosen")
-    if host_id is not None and not 1 <= host_id <= HOST_ID_MAX:
-        raise MigrateError(f"host id {host_id}", f"host ids are 1 to {HOST_ID_MAX}")
-    numbers = [parse_pid(word) for word in pids]
+    number = _parse_host_id(host_id) if host_id is not None else 0
+    processes = [parse_pid(word) for word in pids]
     good = True
-    for number in numbers:
-        request = messages.Move(number, host or "", host_id or 0, check)
-        good = _move(number, request, verbose, debug) and good
+    for process in processes:
+        request = messages.Move(process, host or "", number, check)
+        good = _move(process, request, verbose, debug) and good
     if not good:
         raise typer.Exit(OWN_FAILURE)
 

@@ -59,7 +59,9 @@ class Switch:
         """Give the network namespace of process `pid` a link to the switch and an address."""
         self.unplug(node)  # the kernel may still be clearing up after an init that died by itself
         self._ip(
-            f"link add {node} type veth peer name eth0 netns {pid}",
+            # The same hardware address after a boot: or its neighbours would not find it for a while.
+            f"link add {node} type veth peer name eth0 address 02:00:0a:58:00:{number:02x}"
+            f" netns {pid}",
             f"link set {node} master lan up",
         )
         _ip_of(
