@@ -53,6 +53,7 @@ from migrate.framing import MALFORMED
 log = logging.getLogger(__name__)
 
 OFFER_SECONDS = 20.0
+SECOND_CHANCE_SECONDS = 3.0
 HOP_SECONDS = 3600.0
 RETRY_SECONDS = 1.0
 SYSTEM_DIRECTORIES = (
@@ -374,9 +375,14 @@ class Broker:
             try:
                 return await self._depart(tree, named, tell)
             except AnswerLost as error:
-                # The control connection was dead without our knowing; the next one is fresh, and
-                # an offer that did arrive ends by itself.
+                # The control connection was dead without our knowing. Once more if a fresh one
+                # can be had at once; an offer that did arrive ends by itself.
                 log.info("%s; once more", error)
+                try:
+                    async with asyncio.timeout(SECOND_CHANCE_SECONDS):
+                        await self._peers.control(named).hello()
+                except (MigrateError, TimeoutError):
+                    raise error from None
                 return await self._depart(tree, named, tell)
         refused: set[str] = set()
         while True:
