@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import os
 import pwd
@@ -41,7 +42,9 @@ from agent.link import (
 )
 from agent.peers import AnswerLost, IncomingConnection, Peers, RawConnection
 from agent.selection import choose_host
+from criu_hooks.fds import FileKind
 from criu_hooks.namespaces import Namespaces
+from criu_hooks.obstacles import Obstacle, file_subject
 from criu_hooks.preflight import Report, check, examine
 from criu_hooks.proc import boot_id, pid_starttime
 from criu_hooks.tree import ProcessTree
@@ -356,6 +359,22 @@ class Broker:
             return os.dup(ours.fileno()), os.dup(ours.fileno())
 
     def _preflight(self, pid: int, caller_uid: int, caller_pid: int) -> Report:
+        report = self._check(pid, caller_uid, caller_pid)
+        if report.tree is None:
+            return report
+        # No keeper holds a pseudo-terminal yet; CRIU would only fail at the far end.
+        terminals = tuple(
+            Obstacle(
+                file_subject(process, file),
+                "a terminal, and those do not travel yet",
+                "start the program with its input and output in files or pipes",
+            )
+            for process, file in report.tree.files()
+            if file.kind is FileKind.TTY
+        )
+        return dataclasses.replace(report, obstacles=(*report.obstacles, *terminals))
+
+    def _check(self, pid: int, caller_uid: int, caller_pid: int) -> Report:
         return check(
             pid,
             caller_uid,
