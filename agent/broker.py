@@ -798,26 +798,7 @@ class Broker:
             raise PeerError("offer", "its names are malformed")
         if self.agents.find("keeper", offer.guest) is not None:
             raise PeerError(f"host {self._config.name}", "that guest is here already")
-        self._journal.record(
-            Entry(
-                transaction=offer.transaction,
-                side=Side.DESTINATION,
-                state=State.OFFERED,
-                guest=offer.guest,
-                peer=peer,
-                peer_boot_id="",
-                home=offer.home,
-                pid=offer.ids.pid,
-                starttime_ticks=0,
-                user=offer.owner.name,
-                uid=offer.owner.uid,
-                command=offer.command,
-                origin_cgroup="",
-                reason="",
-                since=time.time(),
-                boot_id=self._boot_id,
-            )
-        )
+        self._journal.record(Entry.begin(offer, Side.DESTINATION, peer))
         place = "local" if offer.home == self._config.name else "remote"
         agent = self.agents.start("keeper", offer.guest, offer, place)
         agent.link.socket.send(msgspec.msgpack.encode(offer))

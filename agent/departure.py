@@ -152,6 +152,23 @@ class Departure:
             raise PeerError(answer.what, answer.reason, answer.remedy)
         raise InDoubt("an answer that makes no sense")
 
+    def conclude(self, resumed: bool) -> Outcome:
+        """After InDoubt: what the destination has recorded, once that is known.
+
+        :raises PeerError: it was given up there; the tree runs on here.
+        """
+        self._journal.move(
+            self._start.offer.transaction,
+            Side.SOURCE,
+            State.RESUMED if resumed else State.ABORTED,
+            after=State.COMMITTED,
+            reason="" if resumed else "the destination has recorded ABORTED",
+        )
+        if resumed:
+            return Outcome(0.0, 0)
+        self._original.put_back()
+        raise PeerError(f"host {self._start.destination}", "gave the migration up")
+
     def _expect(self, kind: type[Prepared] | type[Ready], seconds: float) -> None:
         answer = self._bulk.receive_message(seconds)
         if isinstance(answer, Aborted):

@@ -14,7 +14,6 @@ import shutil
 import signal
 import socket
 import sys
-import time
 from pathlib import Path
 
 from agent import guestwords
@@ -53,7 +52,6 @@ from agent.link import (
 )
 from agent.reactor import READ, Reactor
 from criu_hooks.calls import CriuCall
-from criu_hooks.proc import boot_id
 from migrate import paths
 from migrate.errors import MigrateError, PeerError
 
@@ -122,7 +120,16 @@ class Guard:
         try:
             with CriuCall() as call:
                 tree = self._tree = FreshTree(start, self._open_streams)
-                self._journal.record(self._entry(start, tree))
+                self._journal.record(
+                    Entry.begin(
+                        offer,
+                        Side.SOURCE,
+                        start.destination,
+                        peer_boot_id=start.destination_boot_id,
+                        starttime_ticks=start.starttime_ticks,
+                        origin_cgroup=str(tree.origin),
+                    )
+                )
                 self._line = self._connect(start.destination)
                 self._line.lifeline.attach(fds[2], fds[3])
                 images.mkdir(mode=0o700)
@@ -130,7 +137,7 @@ class Guard:
                 try:
                     outcome = departure.run(call, images)
                 except InDoubt as doubt:
-                    outcome = self._await_verdict(str(doubt), tree)
+                    outcome = self._await_verdict(str(doubt), departure)
         except (MigrateError, OSError) as error:
             what, reason, remedy = failure_words(error)
             self._journal.move(
@@ -167,47 +174,14 @@ class Guard:
             on_down=self._cut,
         )
 
-    def _entry(self, start: StartDeparture, tree: FreshTree) -> Entry:
-        offer = start.offer
-        return Entry(
-            transaction=offer.transaction,
-            side=Side.SOURCE,
-            state=State.BEGUN,
-            guest=offer.guest,
-            peer=start.destination,
-            peer_boot_id=start.destination_boot_id,
-            home=offer.home,
-            pid=start.host_pid,
-            starttime_ticks=start.starttime_ticks,
-            user=offer.owner.name,
-            uid=offer.owner.uid,
-            command=offer.command,
-            origin_cgroup=str(tree.origin),
-            reason="",
-            since=time.time(),
-            boot_id=boot_id(),
-        )
-
-    def _await_verdict(self, doubt: str, tree: FreshTree) -> Outcome:
+    def _await_verdict(self, doubt: str, departure: Departure) -> Outcome:
         """Committed, and the destination silent: nothing runs here until its record is known."""
         assert self._start is not None
-        offer = self._start.offer
-        log.warning("%s: in doubt: %s", offer.transaction, doubt)
+        log.warning("%s: in doubt: %s", self._start.offer.transaction, doubt)
         self._say(in_doubt(self._start, doubt))
         while self._verdict is None:
             self._reactor.turn()
-        if self._verdict:
-            self._journal.move(offer.transaction, Side.SOURCE, State.RESUMED, after=State.COMMITTED)
-            return Outcome(0.0, 0)
-        self._journal.move(
-            offer.transaction,
-            Side.SOURCE,
-            State.ABORTED,
-            after=State.COMMITTED,
-            reason="the destination has recorded ABORTED",
-        )
-        tree.put_back()
-        raise PeerError(f"host {self._start.destination}", "gave the migration up")
+        return departure.conclude(self._verdict)
 
     # ------------------------------------------------------------------ streams
 

@@ -43,7 +43,6 @@ from agent.view_server import VIEW_WINDOW
 from agent.waiting import wait_until
 from agent.wire import ProtocolError, Stream
 from criu_hooks.calls import CriuCall
-from criu_hooks.proc import boot_id
 from migrate.errors import HostError, MigrateError, PeerError
 from migrate.framing import MALFORMED
 
@@ -238,12 +237,19 @@ class GuestHost:
         tree = CapsuleTree(self._offer, self._capsule, self._hand_over, self._take_back)
         try:
             with CriuCall() as call:
-                self._journal.record(self._hop_entry(start))
+                self._journal.record(
+                    Entry.begin(
+                        offer,
+                        Side.SOURCE,
+                        start.destination,
+                        peer_boot_id=start.destination_boot_id,
+                    )
+                )
                 departure = Departure(self._reactor, self._journal, bulk, start, tree, self._say)
                 try:
                     outcome = departure.run(call, directory)
                 except InDoubt as doubt:
-                    outcome = self._await_verdict(start, str(doubt), tree)
+                    outcome = self._await_verdict(start, str(doubt), departure)
         except (MigrateError, OSError) as error:
             what, reason, remedy = failure_words(error)
             log.info("%s: not moved: %s", offer.transaction, error)
@@ -268,27 +274,6 @@ class GuestHost:
                 outcome.frozen_seconds * 1000,
                 outcome.sent_bytes,
             )
-        )
-
-    def _hop_entry(self, start: StartDeparture) -> Entry:
-        offer = start.offer
-        return Entry(
-            transaction=offer.transaction,
-            side=Side.SOURCE,
-            state=State.BEGUN,
-            guest=offer.guest,
-            peer=start.destination,
-            peer_boot_id=start.destination_boot_id,
-            home=offer.home,
-            pid=offer.ids.pid,
-            starttime_ticks=0,
-            user=offer.owner.name,
-            uid=offer.owner.uid,
-            command=offer.command,
-            origin_cgroup="",
-            reason="",
-            since=time.time(),
-            boot_id=boot_id(),
         )
 
     def _hand_over(self) -> Dumped:
@@ -321,18 +306,13 @@ class GuestHost:
         if self._lifeline is not None:
             self._lifeline.mux.retry_messages()
 
-    def _await_verdict(self, start: StartDeparture, doubt: str, tree: CapsuleTree) -> Outcome:
+    def _await_verdict(self, start: StartDeparture, doubt: str, departure: Departure) -> Outcome:
         log.warning("%s: in doubt: %s", start.offer.transaction, doubt)
         self._verdict = None
         self._say(in_doubt(start, doubt))
         while self._verdict is None:
             self._reactor.turn()
-        state = State.RESUMED if self._verdict else State.ABORTED
-        self._journal.move(start.offer.transaction, Side.SOURCE, state, after=State.COMMITTED)
-        if self._verdict:
-            return Outcome(0.0, 0)
-        tree.put_back()
-        raise PeerError(f"host {start.destination}", "gave the migration up")
+        return departure.conclude(self._verdict)
 
     # ------------------------------------------------------------------ the guest's parent
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from agent.link import Offer
 from criu_hooks.proc import boot_id
 from migrate import paths
 
@@ -61,6 +62,37 @@ class Entry:
     since: float
     """seconds since the epoch"""
     boot_id: str
+
+    @classmethod
+    def begin(
+        cls,
+        offer: Offer,
+        side: Side,
+        peer: str,
+        *,
+        peer_boot_id: str = "",
+        starttime_ticks: int = 0,
+        origin_cgroup: str = "",
+    ) -> Entry:
+        """The first entry of the migration that `offer` is about, at either end of it."""
+        return cls(
+            transaction=offer.transaction,
+            side=side,
+            state=State.BEGUN if side is Side.SOURCE else State.OFFERED,
+            guest=offer.guest,
+            peer=peer,
+            peer_boot_id=peer_boot_id,
+            home=offer.home,
+            pid=offer.ids.pid,
+            starttime_ticks=starttime_ticks,
+            user=offer.owner.name,
+            uid=offer.owner.uid,
+            command=offer.command,
+            origin_cgroup=origin_cgroup,
+            reason="",
+            since=time.time(),
+            boot_id=boot_id(),
+        )
 
 
 _SCHEMA = """
