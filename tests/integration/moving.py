@@ -179,7 +179,10 @@ class Desk:
         self.write("enough")
 
     def tell(self, fifo: str) -> None:
-        """Write a line into a named pipe here; returns when it is being read."""
+        """Write a line into a named pipe here; returns when it is being read.
+
+        Once for each pipe: a reader that opens it again may still meet this writer, and then its end.
+        """
         self.nodes.sh(self.home, 'echo go >"$1"', f"{self.directory}/{fifo}", user=self.user)
 
     def lines(self, name: str) -> int:

@@ -117,15 +117,15 @@ def test_a_guest_whose_reader_leaves_dies_of_it_as_at_home(desk: Desk) -> None:
 
 def test_a_guest_gets_what_is_sent_after_the_move_and_then_the_end_of_it(desk: Desk) -> None:
     shell = desk.shell(
-        "mkfifo go\n"
-        "{ echo 1; read line <go; echo 2; read line <go; } |\n"
+        "mkfifo go end\n"
+        "{ echo 1; read line <go; echo 2; read line <end; } |\n"
         "  { sh -c 'echo $$ >pid; exec cat'; echo \"status $?\"; }"
     )
     assert shell.line() == "1"
     desk.move(int(desk.read("pid")), "node2")
     desk.tell("go")
     assert shell.line() == "2"
-    desk.tell("go")
+    desk.tell("end")
     assert shell.status() == 0
 
 
