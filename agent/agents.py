@@ -36,8 +36,8 @@ class Agent:
         self.link = link
         self.offer = offer
         self.pid = 0
-        self.waiting: list[asyncio.Queue[Packet]] = []
-        """who follows what it says"""
+        self.waiting: list[asyncio.Queue[Packet | None]] = []
+        """who follows what it says; None: it has ended"""
 
 
 class Agents:

@@ -9,12 +9,17 @@ import struct
 from collections import Counter
 from pathlib import Path
 
-from agent.broker import Broker, Tell
+from agent.broker import Broker
+from agent.handover import Tell
+from agent.repeated import Repeated
 from migrate import messages, paths
 from migrate.errors import MigrateError, UserError
-from migrate.framing import MALFORMED, FrameError, encode_frame, read_frame
+from migrate.framing import MALFORMED, encode_frame, read_frame
 
 log = logging.getLogger(__name__)
+
+_LINES_PER_USER = 20
+"""a minute; the rest is counted"""
 
 _UCRED = struct.Struct("3i")
 REQUEST_SECONDS = 10.0
@@ -30,6 +35,7 @@ class ClientServer:
         self._path = path
         self._server: asyncio.Server | None = None
         self._open: Counter[int] = Counter()
+        self._told = Repeated(log, burst=_LINES_PER_USER)
 
     async def start(self) -> None:
         """Listen."""
@@ -74,8 +80,7 @@ class ClientServer:
             reply = await self._answer(request, uid, pid, tell)
             writer.write(encode_frame(messages.encode(reply)))
         except MigrateError as error:
-            if not isinstance(error, FrameError):
-                log.info("uid %d: %s", uid, error)
+            self._told.say(logging.INFO, f"uid {uid}", str(error))
             refusal = messages.Refused((messages.Obstacle(error.what, error.reason, error.remedy),))
             writer.write(encode_frame(messages.encode(refusal)))
         except (TimeoutError, OSError):

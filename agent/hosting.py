@@ -42,7 +42,12 @@ def judge(offer: Offer, peer: str, config: Config, criu_version: str) -> None:
     here = f"host {config.name}"
     if offer.source != peer:
         raise PeerError(here, f"the offer comes from {peer}, not from {offer.source}")
-    config.host_named(offer.home)
+    if offer.home != config.name and all(host.name != offer.home for host in config.peers):
+        raise PeerError(
+            here,
+            f"does not know {offer.home}, the guest's home",
+            f"run `migctl join {offer.home}` there",
+        )
     if not config.accept_guests:
         raise PeerError(here, "takes no guests (accept_guests = false)", "choose another host")
     if offer.machine != os.uname().machine:

@@ -6,6 +6,7 @@ Each of them listens on a socket in a directory that only root can enter, so tha
 from __future__ import annotations
 
 import array
+import contextlib
 import os
 import socket
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Annotated, TypeAlias
 
 import msgspec
 
+from agent.fd_passing import close_all, receive_fds
 from agent.wire import StreamState
 from migrate.framing import MALFORMED
 
@@ -51,13 +53,12 @@ class Offer(msgspec.Struct, frozen=True):
     ids: TreeIds
     epoch: int
     """number of hops, this one included"""
-    memory_bytes: int
+    memory_bytes: Annotated[int, msgspec.Meta(ge=0)]
     machine: Name
     """architecture, as uname -m"""
     cpu_features: tuple[str, ...]
     criu_version: Name
     hostname: Name
-    cwd: str
     view: tuple[str, ...]
     """absolute directories that come from home"""
     command: str
@@ -76,7 +77,6 @@ class StartDeparture(msgspec.Struct, frozen=True, tag="depart"):
     starttime_ticks: int
     host_pid: int
     ghost_limit_bytes: int
-    lost_seconds: float
 
 
 class Attach(msgspec.Struct, frozen=True, tag="attach"):
@@ -231,23 +231,21 @@ class Link:
         return True
 
     def receive(self) -> tuple[Packet, list[int]] | None:
-        """The next packet with its descriptors, None at the end. Raises BlockingIOError."""
+        """The next packet with its descriptors; None at the end, or if it is none. Raises BlockingIOError."""
         try:
-            data, fds, _, _ = socket.recv_fds(self.socket, MAX_PACKET, MAX_FDS)
+            data, fds, cut_short = receive_fds(self.socket, MAX_PACKET, MAX_FDS)
         except BlockingIOError:
             raise
         except OSError:
             return None
-        if not data:
+        packet = None
+        if data and not cut_short:
+            with contextlib.suppress(*MALFORMED):
+                packet = _decode(data)
+        if packet is None:
+            close_all(fds)
             return None
-        for fd in fds:
-            os.set_inheritable(fd, False)
-        try:
-            return _decode(data), fds
-        except MALFORMED:
-            for fd in fds:
-                os.close(fd)
-            return None
+        return packet, fds
 
     def close(self) -> None:
         self.socket.close()

@@ -61,9 +61,9 @@ async def serve(config: Config, criu_version: str) -> None:
         broker = Broker(config, peers, criu_version)
         server = PeerServer(
             own,
-            broker.is_peer,
-            broker.answer,
-            broker.incoming,
+            broker.questions.is_peer,
+            broker.questions.answer,
+            broker.questions.incoming,
             group_id=user.pw_gid,
             allowed_uids=frozenset({0, user.pw_uid}),
         )

@@ -13,7 +13,6 @@ import stat
 import struct
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from agent.control_frame import (
     encode_control,
     encode_error,
 )
+from agent.fd_passing import close_all, receive_fds
 from agent.fdstream import FdStream
 from agent.peer_hello import (
     HELLO_LIMIT_BYTES,
@@ -35,6 +35,7 @@ from agent.peer_hello import (
     decode_word,
     encode_word,
 )
+from agent.repeated import Repeated
 from migrate import paths
 from migrate.errors import HostError, MigrateError, PeerError
 
@@ -118,6 +119,7 @@ class PeerServer:
         self._listener: socket.socket | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._held: Counter[str] = Counter()
+        self._told = Repeated(log)
 
     def start(self) -> None:
         """Listen, in the running loop.
@@ -191,20 +193,22 @@ class PeerServer:
                 sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
             )
             if uid not in self._allowed_uids:
-                log.warning("peer socket: uid %d may not connect", uid)
+                self._told.say(logging.WARNING, f"uid {uid}", "may not use the peer socket")
                 return
             try:
                 async with asyncio.timeout(self._bounds.greeting_seconds):
                     peer, fd_in, fd_out = await _receive_bridge(sock)
             except (OSError, ValueError) as error:
-                log.warning("peer socket: no connection in the message: %s", error)
+                reason = f"no connection in the message: {error or 'timed out'}"
+                self._told.say(logging.WARNING, "peer socket", reason)
                 return
             with FdStream(fd_in, fd_out) as stream:
                 self._held[peer] += 1
                 try:
                     await self._attend(sock, peer, stream)
                 except (OSError, EOFError, ValueError, MigrateError) as error:
-                    log.info("host %s: connection ended: %s", peer, error or "timed out")
+                    reason = f"connection ended: {error or 'timed out'}"
+                    self._told.say(logging.INFO, f"host {peer}", reason)
                 finally:
                     self._held[peer] -= 1
                     if not self._held[peer]:
@@ -316,9 +320,9 @@ async def _receive_bridge(sock: socket.socket) -> tuple[str, int, int]:
         await ready.wait()
     finally:
         loop.remove_reader(sock.fileno())
-    name, fds, flags, _ = socket.recv_fds(sock, 256, 2, flags=socket.MSG_CMSG_CLOEXEC)
+    name, fds, cut_short = receive_fds(sock, 256, 2)
     try:
-        if len(fds) != 2 or flags & (socket.MSG_CTRUNC | socket.MSG_TRUNC):
+        if len(fds) != 2 or cut_short:
             raise ValueError(f"{len(fds)} descriptors, 2 expected")
         for fd in fds:
             mode = os.fstat(fd).st_mode
@@ -326,7 +330,5 @@ async def _receive_bridge(sock: socket.socket) -> tuple[str, int, int]:
                 raise ValueError("a descriptor is neither a socket nor a pipe")
         return name.decode(), fds[0], fds[1]
     except ValueError:
-        for fd in fds:
-            with suppress(OSError):
-                os.close(fd)
+        close_all(fds)
         raise

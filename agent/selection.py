@@ -7,9 +7,27 @@ import asyncio
 from agent import peer_messages
 from agent.peers import Peers
 from migrate.config import Config, Host
-from migrate.errors import MigrateError, PeerError
+from migrate.errors import MigrateError, PeerError, UserError
+from migrate.messages import Move
 
 ASK_SECONDS = 2.0
+
+
+def named_host(config: Config, request: Move, where_now: str) -> Host | None:
+    """The host that a user names, if any.
+
+    :param where_now: the name of the host where the process runs.
+    :raises UserError: no such host, or it is there already.
+    """
+    if request.host:
+        host = config.host_named(request.host)
+    elif request.host_id:
+        host = config.host_with_id(request.host_id)
+    else:
+        return None
+    if host.name == where_now:
+        raise UserError(f"pid {request.pid}", f"runs on {host.name} already", "name another host")
+    return host
 
 
 async def choose_host(config: Config, peers: Peers, excluded: frozenset[str]) -> Host:

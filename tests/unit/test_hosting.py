@@ -13,7 +13,7 @@ from agent import hosting
 from agent.hosting import cpu_features, free_memory_bytes, judge
 from agent.link import Offer, Owner, TreeIds
 from migrate.config import Config, Host
-from migrate.errors import MigrateError, PeerError
+from migrate.errors import PeerError
 
 CONFIG = Config(
     hosts=tuple(Host(f"node{n}", n, f"10.0.0.{n}") for n in (1, 2, 3)),
@@ -58,7 +58,6 @@ def offer(tmp_path: Path) -> Offer:
         cpu_features=("avx", "sse"),
         criu_version=CRIU,
         hostname="node1",
-        cwd="/home/alice",
         view=(str(tmp_path),),
         command="python3 simulate.py",
     )
@@ -85,7 +84,10 @@ def owned(**changes: object) -> Owner:
     ("changes", "reason"),
     [
         ({"source": "node3"}, "host node2: the offer comes from node1, not from node3"),
-        ({"home": "node9"}, "host node9: not configured here"),
+        (
+            {"home": "node9"},
+            "host node2: does not know node9, the guest's home; run `migctl join node9` there",
+        ),
         ({"machine": "aarch64"}, "host node2: is x86_64, the process aarch64; choose another host"),
         (
             {"cpu_features": ("sse", "avx512f", "amx_tile")},
@@ -134,7 +136,7 @@ def owned(**changes: object) -> Owner:
 def test_each_thing_in_the_way_is_named(
     offer: Offer, changes: dict[str, object], reason: str
 ) -> None:
-    with pytest.raises(MigrateError) as refusal:
+    with pytest.raises(PeerError) as refusal:
         judge(msgspec.structs.replace(offer, **changes), "node1", CONFIG, CRIU)
     assert str(refusal.value).startswith(reason)
     assert "\n" not in str(refusal.value)
@@ -160,3 +162,9 @@ def test_what_this_machine_says_of_itself_can_be_true() -> None:
     assert features == tuple(sorted(set(features)))
     assert "" not in features
     assert 1 << 20 < free_memory_bytes() < 1 << 50
+
+
+def test_an_offer_of_less_than_no_memory_is_no_offer(offer: Offer) -> None:
+    data = msgspec.msgpack.encode(msgspec.structs.replace(offer, memory_bytes=-1))
+    with pytest.raises(msgspec.ValidationError, match="memory_bytes"):
+        msgspec.msgpack.decode(data, type=Offer)

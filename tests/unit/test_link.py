@@ -47,11 +47,10 @@ OFFER = Offer(
     cpu_features=("sse", "avx"),
     criu_version="4.2.1",
     hostname="node1",
-    cwd="/home/alice",
     view=("/home",),
     command="python3 simulate.py",
 )
-START = StartDeparture(OFFER, "node2", "boot-of-node2", 123456, 6699, 64 << 20, 60.0)
+START = StartDeparture(OFFER, "node2", "boot-of-node2", 123456, 6699, 64 << 20)
 
 
 @pytest.fixture
@@ -103,11 +102,28 @@ def test_the_largest_offer_fits_into_a_packet(links: tuple[Link, Link]) -> None:
         OFFER,
         cpu_features=tuple(f"feature{n}" for n in range(400)),
         view=tuple(f"/{'d' * 200}/{n}" for n in range(100)),
-        cwd="/" + "d" * 4095,
     )
     start = msgspec.structs.replace(START, offer=offer)
     assert links[0].send(start)
     assert links[1].receive() == (start, [])
+
+
+@pytest.mark.parametrize(
+    ("data", "count"),
+    [
+        (b"not a packet", 1),
+        (msgspec.msgpack.encode(EndGuest("x" * (1 << 17))), 1),
+        (msgspec.msgpack.encode(EndGuest("too many descriptors")), MAX_FDS + 1),
+    ],
+    ids=["garbage", "oversized", "descriptors"],
+)
+def test_what_is_no_packet_ends_the_link_and_leaves_no_descriptor(
+    links: tuple[Link, Link], data: bytes, count: int
+) -> None:
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    socket.send_fds(links[0].socket, [data], [0] * count)
+    assert links[1].receive() is None
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
 def test_the_end_of_the_other_side_is_none_and_sending_to_it_false(

@@ -1,0 +1,65 @@
+"""What `migctl ps` shows, and `migctl recover`."""
+
+from __future__ import annotations
+
+import asyncio
+
+from agent.journal import Entry, Side, State
+from agent.settling import Settling
+from agent.this_host import OFFER_SECONDS, ThisHost
+from migrate import messages
+
+
+def list_guests(here: ThisHost, caller_uid: int) -> messages.Guests:
+    """What is away or a guest here: to root everything, to others what is theirs."""
+    rows = []
+    for entry in here.journal.in_state(State.BEGUN, State.COMMITTED, State.OFFERED, State.RESUMED):
+        if caller_uid not in (0, entry.uid) or entry.boot_id != here.boot_id:
+            continue
+        if entry.side is Side.SOURCE and not entry.origin_cgroup:
+            continue  # a hop: its home lists it
+        if entry.side is Side.DESTINATION and entry.home == here.name:
+            continue  # home again: the row of its first migration says so
+        where = entry.peer if entry.side is Side.SOURCE else here.name
+        state = {
+            State.BEGUN: "leaving",
+            State.COMMITTED: "in doubt",
+            State.OFFERED: "arriving",
+            State.RESUMED: _whereabouts(here, entry),
+        }[entry.state]
+        rows.append(
+            messages.GuestRow(
+                entry.pid, entry.user, entry.home, where, entry.since, state, entry.command
+            )
+        )
+    return messages.Guests(tuple(rows))
+
+
+def _whereabouts(here: ThisHost, entry: Entry) -> str:
+    if entry.side is Side.DESTINATION:
+        return "guest"
+    return "home" if entry.peer == here.name else "away"
+
+
+async def recover(
+    here: ThisHost, settling: Settling, request: messages.Recover
+) -> messages.Recovered:
+    """Settle transactions in doubt, and say how."""
+    lines = []
+    for entry in here.journal.in_state(State.COMMITTED):
+        if entry.side is not Side.SOURCE:
+            continue
+        if entry.peer == request.lost_host:
+            settling.conclude(entry, resumed=False)
+            lines.append(f"{entry.transaction}: pid {entry.pid} runs here again")
+            continue
+        try:
+            async with asyncio.timeout(OFFER_SECONDS):
+                await settling.settle(entry)
+            lines.append(f"{entry.transaction}: pid {entry.pid} settled with {entry.peer}")
+        except TimeoutError:
+            lines.append(
+                f"{entry.transaction}: pid {entry.pid} waits for {entry.peer}, which does not answer;"
+                f" if it will never come back: migctl recover --lost {entry.peer}"
+            )
+    return messages.Recovered(tuple(lines))

@@ -1,0 +1,110 @@
+"""How a guest goes from one host to another, as the source's migd arranges it.
+
+Offer, accept, connect, start, follow: the same for a first move, for a hop, and for whatever else ends
+with a keeper at the destination.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+
+import msgspec
+
+from agent import peer_messages
+from agent.agents import Agent
+from agent.link import MAX_PACKET, Departed, Failed, Offer, Packet, Progress, ToAgent
+from agent.peers import RawConnection
+from agent.this_host import ThisHost
+from migrate import messages
+from migrate.config import Host
+from migrate.errors import HostError, PeerError, UserError
+
+log = logging.getLogger(__name__)
+
+MAX_OFFER_BYTES = MAX_PACKET // 2
+"""leaves room for the rest of the packet that hands it on"""
+
+Tell = Callable[[messages.Progress], Awaitable[None]]
+"""passes progress on to whoever asked for the move"""
+
+
+@dataclass(frozen=True)
+class Handover:
+    """An accepted offer: the destination's keeper waits at the other end of the connections."""
+
+    host: Host
+    boot_id: str
+    """of the destination"""
+    connections: tuple[RawConnection, ...]
+
+    async def drive(self, agent: Agent, order: ToAgent, tell: Tell) -> Departed:
+        """Give the connections to a guard or keeper with its order, and follow it to the end.
+
+        :raises MigrateError: it did not move, or is in doubt.
+        """
+        queue: asyncio.Queue[Packet | None] = asyncio.Queue()
+        agent.waiting.append(queue)
+        try:
+            fds = tuple(fd for c in self.connections for fd in (c.fd_in, c.fd_out))
+            if not agent.link.send(order, fds):
+                raise HostError(agent.role, "was killed; the process runs on here", "try again")
+            for connection in self.connections:
+                connection.detach()
+            return await _follow(queue, tell)
+        finally:
+            agent.waiting.remove(queue)
+
+
+@contextlib.asynccontextmanager
+async def handover(
+    here: ThisHost, offer: Offer, host: Host, purposes: tuple[str, ...]
+) -> AsyncIterator[Handover]:
+    """Offer a guest to a host. Inside, it is accepted; connections that nobody drove are closed after.
+
+    :param purposes: of the connections with the destination's keeper, in this order.
+    :raises MigrateError: the host refuses, or cannot be reached.
+    """
+    if len(msgspec.msgpack.encode(offer)) > MAX_OFFER_BYTES:
+        reason = "works in too many directories"
+        raise UserError(f"pid {offer.ids.pid}", reason, "move it before it opens so many")
+    opening = [asyncio.create_task(here.peers.raw.take(host)) for _ in purposes]
+    try:
+        answer = await here.ask(host, peer_messages.MakeOffer(offer), peer_messages.Accepted)
+        connections = tuple([await task for task in opening])
+        for connection, purpose in zip(connections, purposes, strict=True):
+            connection.begin(purpose, offer.guest)
+        yield Handover(host, answer.boot_id, connections)
+    finally:
+        for task in opening:
+            if not task.done():
+                task.cancel()
+            elif not task.cancelled() and task.exception() is None:
+                task.result().close()
+
+
+async def _follow(queue: asyncio.Queue[Packet | None], tell: Tell) -> Departed:
+    while True:
+        match await queue.get():
+            case Progress(step, sent_bytes, at_ms):
+                await tell(messages.Progress(step, sent_bytes, at_ms))
+            case Departed() as departed:
+                log.info(
+                    "%s: moved to %s, frozen %.0f ms, %d bytes",
+                    departed.transaction,
+                    departed.destination,
+                    departed.frozen_ms,
+                    departed.sent_bytes,
+                )
+                return departed
+            case Failed() as failed:
+                raise PeerError(failed.what, failed.reason, failed.remedy)
+            case None:
+                raise HostError("guard", "was killed; the process runs on here", "try again")
+
+
+async def tell_nobody(progress: messages.Progress) -> None:
+    """Progress of a hop is not passed on yet."""

@@ -1,0 +1,105 @@
+"""Hops: a guest goes on from the host where it runs to another, or home. Its home or its host may ask for it."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+
+import msgspec
+
+from agent import peer_messages
+from agent.guest_lines import connect_next
+from agent.handover import Tell, handover, tell_nobody
+from agent.hosting import cpu_features
+from agent.inspection import inspect_guest
+from agent.journal import Entry
+from agent.link import DropNext, Offer, StartDeparture
+from agent.peers import AnswerLost
+from agent.selection import choose_host, named_host
+from agent.this_host import ThisHost, guest_gone
+from migrate import messages
+from migrate.config import Host
+from migrate.errors import HostError, MigrateError, UserError
+
+HOP_SECONDS = 3600.0
+
+
+async def move_on(
+    here: ThisHost, request: messages.Move, entry: Entry, caller_uid: int
+) -> messages.Reply:
+    """Move a guest whose home is here, for a client.
+
+    :param entry: its first migration.
+    :raises MigrateError: it runs on where it was, or is in doubt.
+    """
+    if caller_uid not in (0, entry.uid):
+        raise UserError(
+            f"pid {entry.pid}", f"belongs to {entry.user}", "only its owner or root moves it"
+        )
+    if here.agents.find("guard", entry.guest) is None:
+        raise HostError(f"pid {entry.pid}", "its guard was killed", "it can only be ended")
+    if request.check_only:
+        return messages.Checked(entry.pid)
+    host = named_host(here.config, request, entry.peer)
+    if host is None:
+        host = await choose_host(here.config, here.peers, frozenset({entry.peer}))
+    try:
+        if entry.peer == here.name:
+            moved = await hop(here, entry.guest, host, tell_nobody)
+        else:
+            moved = await here.ask(
+                entry.peer,
+                peer_messages.MoveGuest(entry.guest, host.name),
+                peer_messages.GuestMoved,
+                HOP_SECONDS,
+            )
+    except AnswerLost:
+        raise
+    except MigrateError:
+        guard = here.agents.find("guard", entry.guest)
+        if guard is not None:
+            guard.link.send(DropNext(host.name))
+        raise
+    here.journal.relocate(entry.transaction, host.name, "")
+    return messages.Moved(entry.pid, host.name, moved.frozen_ms, moved.sent_bytes)
+
+
+async def hop(here: ThisHost, guest: str, host: Host, tell: Tell) -> peer_messages.GuestMoved:
+    """Send a guest of this host on to another, or home.
+
+    :raises MigrateError: it runs on here, or is in doubt.
+    """
+    keeper = here.agents.find("keeper", guest)
+    if keeper is None or keeper.offer is None:
+        raise guest_gone(guest)
+    if host.name == here.name:
+        raise UserError(f"guest {guest}", f"runs on {here.name} already")
+    tree = await asyncio.to_thread(inspect_guest, keeper.offer, here.config)
+    offer = msgspec.structs.replace(
+        keeper.offer,
+        transaction=secrets.token_hex(6),
+        source=here.name,
+        epoch=keeper.offer.epoch + 1,
+        memory_bytes=sum(p.status.dump_bytes for p in tree.members),
+        cpu_features=cpu_features(),
+    )
+    async with handover(here, offer, host, ("bulk",)) as accepted:
+        await _have_home_connect(here, offer, host)
+        order = StartDeparture(
+            offer=offer,
+            destination=host.name,
+            destination_boot_id=accepted.boot_id,
+            starttime_ticks=0,
+            host_pid=offer.ids.pid,
+            ghost_limit_bytes=here.config.ghost_limit_bytes,
+        )
+        departed = await accepted.drive(keeper, order, tell)
+    return peer_messages.GuestMoved(departed.frozen_ms, departed.sent_bytes)
+
+
+async def _have_home_connect(here: ThisHost, offer: Offer, host: Host) -> None:
+    if offer.home == here.name:
+        await connect_next(here, offer.guest, host.name)
+        return
+    question = peer_messages.ConnectGuest(offer.guest, host.name)
+    await here.ask(offer.home, question, peer_messages.Connected)

@@ -1,0 +1,74 @@
+"""Preflight with this host's settings: of a process that would leave home, and of a guest that would move on."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from pathlib import Path
+
+from agent.cgroups import Cgroup, guest_path
+from agent.link import Offer
+from agent.this_host import guest_gone
+from agent.viewed import in_view
+from criu_hooks.fds import FileKind
+from criu_hooks.namespaces import Namespaces
+from criu_hooks.obstacles import Obstacle, file_subject
+from criu_hooks.preflight import Report, check, examine
+from criu_hooks.tree import ProcessTree
+from migrate.config import Config
+
+
+def inspect_process(pid: int, caller_uid: int, caller_pid: int, config: Config) -> Report:
+    """Every reason why this process of this host cannot leave. Reads a lot of /proc: not for the loop."""
+    report = check(
+        pid,
+        caller_uid,
+        caller_pid=caller_pid,
+        in_view=lambda path: in_view(path, config.shared_paths),
+        ghost_limit_bytes=config.ghost_limit_bytes,
+        link_remap=True,
+    )
+    if report.tree is None:
+        return report
+    # No keeper holds a pseudo-terminal yet; CRIU would only fail at the far end.
+    terminals = tuple(
+        Obstacle(
+            file_subject(process, file),
+            "a terminal, and those do not travel yet",
+            "start the program with its input and output in files or pipes",
+        )
+        for process, file in report.tree.files()
+        if file.kind is FileKind.TTY
+    )
+    return dataclasses.replace(report, obstacles=(*report.obstacles, *terminals))
+
+
+def inspect_guest(offer: Offer, config: Config) -> ProcessTree:
+    """A guest's tree as it is now. Not for the loop.
+
+    :param offer: by which it came.
+    :raises MigrateError: it cannot move on, or is not here.
+    """
+    pid = pid_here(offer)
+    tree = ProcessTree.capture(pid)
+    obstacles = examine(
+        tree,
+        offer.owner.uid,
+        expected_namespaces=Namespaces.of(pid),
+        in_view=lambda path: in_view(path, config.shared_paths),
+        ghost_limit_bytes=config.ghost_limit_bytes,
+        link_remap=True,
+    )
+    if obstacles:
+        raise obstacles[0].error()
+    return tree
+
+
+def pid_here(offer: Offer) -> int:
+    """The pid on this host of the root of a guest that runs here. Raises HostError."""
+    for pid in Cgroup(guest_path("keeper", offer.guest, "tree")).pids():
+        with contextlib.suppress(OSError):
+            for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+                if line.startswith("NSpid:") and int(line.split()[-1]) == offer.ids.pid:
+                    return pid
+    raise guest_gone(offer.guest)

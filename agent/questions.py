@@ -1,0 +1,110 @@
+"""What other hosts' migds may ask of this one, and the answers."""
+
+from __future__ import annotations
+
+import logging
+
+import msgspec
+
+from agent import peer_messages
+from agent.guest_lines import connect_next
+from agent.handover import tell_nobody
+from agent.hopping import hop
+from agent.hosting import judge, load_per_processor
+from agent.journal import Entry, Side, State
+from agent.link import Attach, Offer
+from agent.peers import IncomingConnection
+from agent.this_host import ThisHost
+from migrate.errors import PeerError
+from migrate.framing import MALFORMED
+
+log = logging.getLogger(__name__)
+
+
+class Questions:
+    """Answers for the peers; who asks is proved by its key."""
+
+    def __init__(self, here: ThisHost) -> None:
+        self._here = here
+
+    def is_peer(self, name: str) -> bool:
+        """Whether a host of this name is configured now."""
+        return any(host.name == name for host in self._here.config.peers)
+
+    async def answer(self, peer: str, payload: bytes) -> bytes:
+        """A question of another migd. Raises MigrateError, which is told to it."""
+        try:
+            question = peer_messages.decode_question(payload)
+        except MALFORMED as error:
+            raise PeerError(
+                "question", f"makes no sense here ({error})", "use the same version"
+            ) from None
+        return peer_messages.encode(await self._answer(peer, question))
+
+    async def _answer(self, peer: str, question: peer_messages.Question) -> peer_messages.Answer:
+        here = self._here
+        match question:
+            case peer_messages.AskLoad():
+                return peer_messages.Load(load_per_processor(), here.config.accept_guests)
+            case peer_messages.MakeOffer(offer):
+                return self._take_in(offer, peer)
+            case peer_messages.AskOutcome(transaction):
+                entry = here.journal.find(transaction, Side.DESTINATION)
+                state = entry.state if entry is not None and entry.peer == peer else ""
+                return peer_messages.OutcomeIs(str(state), here.boot_id)
+            case peer_messages.AskGuest(guest):
+                return peer_messages.GuestIs(here.keeper_of(guest, peer) is not None)
+            case peer_messages.AskHome(guest):
+                wanted = here.agents.find("guard", guest) is not None
+                return peer_messages.HomeIs(wanted, here.boot_id)
+            case peer_messages.DropGuest(guest):
+                if here.keeper_of(guest, peer) is not None:
+                    here.end_guest(guest, "home has given it up")
+                return peer_messages.GuestIs(False)
+            case peer_messages.MoveGuest(guest, destination):
+                if here.keeper_of(guest, peer) is None:
+                    raise PeerError(f"guest {guest}", "is not here", "look with `migctl ps`")
+                return await hop(here, guest, here.config.host_named(destination), tell_nobody)
+            case peer_messages.ConnectGuest(guest, host):
+                where = [
+                    e.peer
+                    for e in here.journal.in_state(State.RESUMED)
+                    if e.guest == guest and e.side is Side.SOURCE and e.origin_cgroup
+                ]
+                if where != [peer]:
+                    raise PeerError(f"guest {guest}", f"does not run on {peer}")
+                here.config.host_named(host)
+                await connect_next(here, guest, host)
+                return peer_messages.Connected()
+
+    def _take_in(self, offer: Offer, peer: str) -> peer_messages.Accepted:
+        here = self._here
+        judge(offer, peer, here.config, here.criu_version)
+        if not offer.guest.replace("-", "").isalnum() or not offer.transaction.isalnum():
+            raise PeerError("offer", "its names are malformed")
+        if here.agents.find("keeper", offer.guest) is not None:
+            raise PeerError(f"host {here.name}", "that guest is here already")
+        here.journal.record(Entry.begin(offer, Side.DESTINATION, peer))
+        place = "local" if offer.home == here.name else "remote"
+        agent = here.agents.start("keeper", offer.guest, offer, place)
+        agent.link.socket.send(msgspec.msgpack.encode(offer))
+        log.info("%s: offer of %s from %s accepted", offer.transaction, offer.guest, peer)
+        return peer_messages.Accepted(here.boot_id)
+
+    async def incoming(self, connection: IncomingConnection) -> None:
+        """A raw connection of a peer: to the keeper that it names."""
+        try:
+            agent = self._here.agents.find("keeper", connection.token)
+            if agent is None or agent.offer is None:
+                log.info(
+                    "host %s: asks for %s, which is not here", connection.peer, connection.token
+                )
+                return
+            wanted = agent.offer.source if connection.purpose == "bulk" else agent.offer.home
+            if connection.peer != wanted:
+                log.warning("host %s: may not reach %s", connection.peer, connection.token)
+                return
+            fds = (connection.fd_in, connection.fd_out, connection.fd_hold)
+            agent.link.send(Attach(connection.purpose, connection.peer), fds)
+        finally:
+            connection.close()
