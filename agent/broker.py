@@ -6,6 +6,8 @@ import asyncio
 
 from agent import administration
 from agent.agents import Agent
+from agent.command_offers import run_command
+from agent.command_server import Client
 from agent.guest_lines import GuestLines
 from agent.handover import Tell
 from agent.hopping import move_on
@@ -63,6 +65,10 @@ class Broker:
             return await self._move_process(request, caller_uid, caller_pid, tell)
         finally:
             self._moving.discard(pid)
+
+    async def run_command(self, request: messages.RunCommand, client: Client) -> None:
+        """Have a command run elsewhere for a client of this host. Raises MigrateError."""
+        await run_command(self._here, request, client)
 
     async def _move_process(
         self, request: messages.Move, caller_uid: int, caller_pid: int, tell: Tell

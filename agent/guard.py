@@ -19,6 +19,7 @@ from pathlib import Path
 from agent import guestwords
 from agent.bulk import Bulk
 from agent.cgroups import Cgroup, dissolve, guest_path, leave_cgroup
+from agent.command_home import CommandHome, lost_line
 from agent.departure import Departure, InDoubt, Outcome, failure_words
 from agent.deputy_link import (
     Broken,
@@ -34,6 +35,7 @@ from agent.fresh_tree import FreshTree, put_back
 from agent.home_line import HomeLine
 from agent.injection import DeputyProgram, MuteDeputy, become_deputy
 from agent.journal import Entry, Journal, Side, State
+from agent.lifeline import CONTROL
 from agent.link import (
     Attach,
     Departed,
@@ -44,6 +46,7 @@ from agent.link import (
     Link,
     NeedLifeline,
     Progress,
+    StartCommand,
     StartDeparture,
     Verdict,
     in_doubt,
@@ -51,6 +54,7 @@ from agent.link import (
     take_stdin,
 )
 from agent.reactor import READ, Reactor
+from agent.waiting import wait_until
 from criu_hooks.calls import CriuCall
 from migrate import paths
 from migrate.errors import MigrateError, PeerError
@@ -59,6 +63,9 @@ log = logging.getLogger(__name__)
 
 STATE_POLL_SECONDS = 0.2
 """SIGSTOP on the deputy is told to nobody but its parent: so we look."""
+FAREWELL_SECONDS = 2.0
+CUT_SECONDS = 3.0
+"""Shorter cuts are not told to a command's user."""
 DEPUTIES_DIR = paths.RUN_DIR / "deputies"
 LOST_EXIT_CODE = -signal.SIGKILL
 
@@ -72,10 +79,12 @@ class Guard:
         self._reactor = Reactor()
         self._journal = Journal()
         self._directory = paths.GUESTS_DIR / f"guard-{guest}"
+        self._socket = DEPUTIES_DIR / guest
         self._line: HomeLine | None = None
         self._next: HomeLine | None = None
-        self._start: StartDeparture | None = None
-        self._tree: FreshTree | None = None
+        self._start: StartDeparture | StartCommand | None = None
+        self._tree: FreshTree | CommandHome | None = None
+        self._command: CommandHome | None = None
         self._listener: DeputyListener | None = None
         self._deputy: DeputyLink | None = None
         self._mute: MuteDeputy | None = None
@@ -87,6 +96,7 @@ class Guard:
         self._sources: list[PeekSource] = []
         self._verdict: bool | None = None
         self._exit_code: int | None = None
+        self._cut_said = False
         self._finished = False
 
     def run(self) -> None:
@@ -99,13 +109,19 @@ class Guard:
             with listen(self._directory / "guard.sock") as server:
                 self._reactor.register(server.fileno(), READ, lambda _: self._accept(server))
                 first = self._links[0].receive()
-                if first is None or not isinstance(first[0], StartDeparture):
+                if first is None:
                     return
                 link = self._links[0]
                 self._reactor.register(link.fileno(), READ, lambda _: self._packet(link))
-                if self._depart(first[0], first[1]):
-                    while not self._finished:
-                        self._reactor.turn()
+                match first:
+                    case (StartDeparture() as departure, fds):
+                        away = self._depart(departure, fds)
+                    case (StartCommand() as command, fds):
+                        away = self._begin_command(command, fds)
+                    case _:
+                        away = False
+                while away and not self._finished:
+                    self._reactor.turn()
                 self._reactor.unregister(server.fileno())
         finally:
             self._give_back()
@@ -183,6 +199,42 @@ class Guard:
             self._reactor.turn()
         return departure.conclude(self._verdict)
 
+    # ------------------------------------------------------------------ a command
+
+    def _begin_command(self, start: StartCommand, fds: list[int]) -> bool:
+        """`migrate COMMAND`: the client becomes the deputy of a process that begins elsewhere."""
+        self._start = start
+        line = self._line = self._connect(start.destination)
+        line.lifeline.attach(fds[0], fds[1])
+        command = self._tree = self._command = CommandHome(self._reactor, start, fds[2:])
+        try:
+            command.prepare(line)
+            self._listen_for_deputy(command.pid)
+            program = Path(__file__).with_name("deputy.py")
+            command.begin(line, self._journal, self._socket, program, self._close_at_deputy)
+        except (MigrateError, OSError) as error:
+            log.info("%s: not begun: %s", start.offer.transaction, error)
+            command.refuse(MigrateError(*failure_words(error)))
+            line.send(guestwords.Kill())
+            control = line.lifeline.open(CONTROL).sender
+            wait_until(
+                self._reactor,
+                lambda: control.acked >= control.end or not line.lifeline.attached,
+                FAREWELL_SECONDS,
+            )
+            return False
+        self._reactor.watch_pid(command.pid, self._deputy_ended)
+        self._watch_state()
+        return True
+
+    def _listen_for_deputy(self, pid: int) -> None:
+        assert self._start is not None
+        owner = self._start.offer.owner
+        DEPUTIES_DIR.mkdir(exist_ok=True)
+        DEPUTIES_DIR.chmod(0o711)
+        self._listener = DeputyListener(self._socket, pid, owner.uid, owner.gid)
+        self._reactor.register(self._listener.fileno(), READ, lambda _: self._deputy_knocks())
+
     # ------------------------------------------------------------------ streams
 
     def _open_streams(self, numbers: list[int]) -> None:
@@ -216,13 +268,8 @@ class Guard:
 
     def _stand_deputy(self, tree: FreshTree) -> None:
         """The frozen original becomes the deputy, in the cgroup where the original was."""
-        assert self._start is not None and tree.tree is not None
-        owner = self._start.offer.owner
-        DEPUTIES_DIR.mkdir(exist_ok=True)
-        DEPUTIES_DIR.chmod(0o711)
-        socket_path = DEPUTIES_DIR / self._guest
-        self._listener = DeputyListener(socket_path, tree.pid, owner.uid, owner.gid)
-        self._reactor.register(self._listener.fileno(), READ, lambda _: self._deputy_knocks())
+        assert tree.tree is not None
+        self._listen_for_deputy(tree.pid)
         members: list[int] = []
         for process in tree.tree.members[1:]:
             with contextlib.suppress(ProcessLookupError):
@@ -232,7 +279,7 @@ class Guard:
             deputy = become_deputy(
                 tree.pid,
                 thaw=tree.cgroup.thaw,
-                program=DeputyProgram(Path(os.path.realpath(sys.executable)), script, socket_path),
+                program=DeputyProgram(Path(os.path.realpath(sys.executable)), script, self._socket),
                 members=members,
                 keep_fds=(0, 1, 2),
                 imaged_signals=tree.pending,
@@ -337,6 +384,8 @@ class Guard:
         if line is not self._line:
             return
         match word:
+            case guestwords.Prepared() | guestwords.NotStarted() if self._command is not None:
+                self._command_says(self._command, word)
             case guestwords.Stopped(number, offsets):
                 self._set_offsets(offsets)
                 self._guest_stopped = number
@@ -348,6 +397,14 @@ class Guard:
                 log.info("%s: ended (%d)", self._guest, exit_code)
                 self._set_offsets(offsets)
                 self._end_deputy(exit_code)
+
+    def _command_says(
+        self, command: CommandHome, word: guestwords.Prepared | guestwords.NotStarted
+    ) -> None:
+        command.heard(word)
+        if isinstance(word, guestwords.NotStarted) and self._listener is not None:
+            command.complain(str(MigrateError(word.what, word.reason, word.remedy)))
+            self._end_deputy(word.status)
 
     def _follow_guest(self, line: HomeLine, started: guestwords.Started) -> None:
         """The guest runs with its next keeper: streams and unheard signals go there."""
@@ -378,6 +435,14 @@ class Guard:
         if self._exit_code is None and line in (self._line, self._next):
             log.warning("%s: connection with %s: %s", self._guest, line.host, reason.reason)
             self._say(NeedLifeline(line.host))
+            if self._command is not None:
+                self._reactor.call_later(CUT_SECONDS, lambda: self._say_cut(line))
+
+    def _say_cut(self, line: HomeLine) -> None:
+        if self._command is not None and line is self._line and not line.lifeline.attached:
+            if self._exit_code is None and not self._cut_said:
+                self._command.complain(f"host {line.host}: cut off; waiting for it")
+            self._cut_said = True
 
     # ------------------------------------------------------------------ migd
 
@@ -412,6 +477,8 @@ class Guard:
                 self._next = None
             case GuestLost(reason) if self._exit_code is None:
                 log.warning("%s: lost: %s", self._guest, reason)
+                if self._command is not None and self._line is not None:
+                    self._command.complain(lost_line(self._line.host))
                 self._end_deputy(LOST_EXIT_CODE)
             case Verdict(resumed):
                 self._verdict = resumed
@@ -434,6 +501,8 @@ class Guard:
             sink.close()
         for source in self._sources:
             source.close()
+        if self._command is not None:
+            self._command.close()
         for line in (self._line, self._next):
             if line is not None:
                 line.close()

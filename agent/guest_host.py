@@ -17,11 +17,12 @@ from agent.arrival import Arrival, Arrived
 from agent.bulk import Bulk
 from agent.capsule_tree import CapsuleTree
 from agent.cgroups import Cgroup, guest_path
+from agent.command_start import CommandStart, NotExecuted
 from agent.departure import Departure, InDoubt, Outcome, failure_words
 from agent.endpoints import Duplex, FdSource, MeteredSink
 from agent.home_view import HomeView
 from agent.journal import Entry, Journal, Side, State
-from agent.lifeline import Lifeline
+from agent.lifeline import CONTROL, Lifeline
 from agent.link import (
     Aborted,
     Attach,
@@ -41,10 +42,11 @@ from agent.link import (
 from agent.reactor import READ, Reactor
 from agent.view_server import VIEW_WINDOW
 from agent.waiting import wait_until
-from agent.wire import ProtocolError, Stream
+from agent.wire import ProtocolError, Receiver, Stream
 from criu_hooks.calls import CriuCall
 from migrate.errors import HostError, MigrateError, PeerError
 from migrate.framing import MALFORMED
+from migrate.messages import decode_command
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +55,9 @@ VIEW_SECONDS = 20.0
 END_POLL_SECONDS = 0.005
 """Between looks whether the last output has arrived at home."""
 FAREWELL_SECONDS = 60.0
+NOT_STARTED_SECONDS = 5.0
+OWN_FAILURE = 125
+MAX_COMMAND_BYTES = 8 << 20
 
 
 class GuestHost:
@@ -65,7 +70,7 @@ class GuestHost:
         server: socket.socket,
         view: HomeView | None,
         images: Path,
-        call: CriuCall,
+        call: CriuCall | None,
     ) -> None:
         self._offer = offer
         self._guest = offer.guest
@@ -92,6 +97,10 @@ class GuestHost:
         self._connected_pipes = False
         self._files: dict[int, int] = {}
         self._criu = 0
+        self._born = False
+        """the guest is a child of ours"""
+        self._begin: guestwords.Begin | None = None
+        self._command = bytearray()
         self._exit_code: int | None = None
         self._told_end = False
         self._finished = False
@@ -107,14 +116,17 @@ class GuestHost:
         self._reactor.register(self._server.fileno(), READ, lambda _: self._accept())
         first = self._links[0]
         self._reactor.register(first.fileno(), READ, lambda _: self._packet(first))
-        with self._call:
-            try:
-                self._receive()
-            except Exception as error:
-                if not isinstance(error, MigrateError):
-                    log.exception("%s: arrival failed", self._offer.transaction)
-                self._abort(error)
-                return
+        try:
+            if self._call is None:
+                self._start_command()
+            else:
+                with self._call:
+                    self._receive(self._call)
+        except Exception as error:
+            if not isinstance(error, MigrateError):
+                log.exception("%s: arrival failed", self._offer.transaction)
+            self._abort(error)
+            return
         while not self._finished:
             self._reactor.turn()
             if self._hop is not None and not self._awaiting:
@@ -124,7 +136,7 @@ class GuestHost:
 
     # ------------------------------------------------------------------ arrival
 
-    def _receive(self) -> None:
+    def _receive(self, call: CriuCall) -> None:
         if not wait_until(
             self._reactor, lambda: self._bulk is not None and self._lifeline_up(), ATTACH_SECONDS
         ):
@@ -140,10 +152,11 @@ class GuestHost:
         arrival = Arrival(
             self._reactor, self._journal, self._offer, self._bulk, self._capsule, self._images
         )
-        arrived = arrival.run(self._call, self._open_streams)
+        arrived = arrival.run(call, self._open_streams)
         log.info("%s: %s resumed here", self._offer.transaction, self._guest)
         self._files = arrived.files
         self._criu = arrived.criu
+        self._born = True
         positions = tuple(guestwords.StreamPosition.of(s) for s in self._awaiting.values())
         self._to_guard(guestwords.Started(self._offer.epoch, positions))
         if not self._awaiting:
@@ -224,6 +237,81 @@ class GuestHost:
             with contextlib.suppress(PeerError):
                 self._bulk.send_message(Aborted(what, reason, remedy))
             self._bulk.close()
+        if self._offer.is_command:
+            self._not_started(error, what, reason, remedy)
+
+    def _not_started(self, error: BaseException, what: str, reason: str, remedy: str) -> None:
+        transaction = self._offer.transaction
+        self._journal.move(
+            transaction, Side.DESTINATION, State.ENDED, after=State.RESUMED, reason=reason
+        )
+        if self._lifeline is not None:
+            status = error.status if isinstance(error, NotExecuted) else OWN_FAILURE
+            self._to_guard(guestwords.NotStarted(status, what, reason, remedy))
+            control = self._lifeline.open(CONTROL).sender
+            wait_until(
+                self._reactor,
+                lambda: control.acked >= control.end or not self._lifeline_up(),
+                NOT_STARTED_SECONDS,
+            )
+        self._close()
+
+    # ------------------------------------------------------------------ a command
+
+    def _start_command(self) -> None:
+        """Execute the command that the guard sends.
+
+        :raises MigrateError: it will never run here.
+        """
+        if not wait_until(self._reactor, self._lifeline_up, ATTACH_SECONDS):
+            raise PeerError(f"host {self._offer.source}", "did not connect in time")
+        assert self._lifeline is not None
+        self._await_view()
+        self._capsule = capsule.build(
+            self._reactor,
+            self._offer.hostname,
+            self._view.mountpoint if self._view else None,
+            self._offer.view,
+        )
+        self._to_guard(guestwords.Prepared())
+        receiver = self._lifeline.open(guestwords.COMMAND_STREAM).receiver
+        ready = wait_until(
+            self._reactor,
+            lambda: self._finished or (self._begin is not None and receiver.finished),
+            ATTACH_SECONDS,
+        )
+        if self._finished:
+            raise PeerError(f"host {self._offer.source}", "does not want it any more")
+        if not ready or self._begin is None:
+            raise PeerError(f"host {self._offer.source}", "did not send the command in time")
+        try:
+            command = decode_command(self._command)
+        except MALFORMED as error:
+            raise PeerError(
+                f"host {self._offer.source}", f"its command makes no sense: {error}"
+            ) from None
+        if not self._journal.move(
+            self._offer.transaction, Side.DESTINATION, State.RESUMED, after=State.OFFERED
+        ):
+            raise HostError("journal", "the command was given up meanwhile")
+        start = CommandStart(self._reactor, self._offer, self._capsule, self._tree)
+        started = start.run(self._begin, command)
+        self._listed, self._fds = started.pipes, started.fds
+        self._to_guard(guestwords.Started(self._offer.epoch))
+        self._connected_pipes = True
+        self._connect_pipes()
+        self._born = True
+        self._reap()
+
+    def _take_command(self, receiver: Receiver) -> None:
+        while view := receiver.peek():
+            self._command += view
+            receiver.take(len(view))
+            receiver.consume(receiver.taken)
+        if len(self._command) > MAX_COMMAND_BYTES:
+            raise ProtocolError("a command that is too long")
+        if receiver.at_end:
+            receiver.finish()
 
     # ------------------------------------------------------------------ going on
 
@@ -324,7 +412,7 @@ class GuestHost:
         def child(events: int) -> None:
             with contextlib.suppress(BlockingIOError):
                 os.read(reading, 4096)
-            if self._capsule is not None and self._criu:
+            if self._born:
                 self._reap()
 
         self._reactor.register(reading, READ, child)
@@ -340,8 +428,9 @@ class GuestHost:
             if not found:
                 break
             self._changed(status)
-        with contextlib.suppress(ChildProcessError):
-            os.waitpid(self._criu, os.WNOHANG)
+        if self._criu:
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(self._criu, os.WNOHANG)
         if os.getpid() == 1:
             for pid in self._tree.pids():
                 with contextlib.suppress(ChildProcessError):
@@ -414,8 +503,14 @@ class GuestHost:
                         os.kill(root, number)
                     else:
                         syscalls.queue_signal(root, number, value)
+            case guestwords.Begin() if self._offer.is_command and self._begin is None:
+                for pipe in word.pipes:
+                    if self._lifeline is not None:
+                        self._lifeline.open(pipe.stream)
+                self._begin = word
             case guestwords.Kill():
                 self._tree.kill()
+                self._finished = self._finished or not self._born
             case guestwords.GoOn(positions):
                 self._go_on(positions)
         return True
@@ -430,7 +525,7 @@ class GuestHost:
             self._reactor.call_later(patience, self._freeze_if_cut)
 
     def _freeze_if_cut(self) -> None:
-        running = self._capsule is not None and self._criu and self._exit_code is None
+        running = self._born and self._exit_code is None
         if running and not self._lifeline_up() and not self._handing_over and not self._gone_on:
             log.warning("%s: frozen, home is silent", self._guest)
             self._frozen_for_cut = True
@@ -453,6 +548,9 @@ class GuestHost:
                 on_up=self._lifeline_came,
                 on_down=self._cut,
             )
+            if self._offer.is_command:
+                receiver = self._lifeline.open(guestwords.COMMAND_STREAM).receiver
+                receiver.on_readable = lambda: self._take_command(receiver)
             if self._view is not None:
                 stream = self._lifeline.open(guestwords.VIEW_STREAM, VIEW_WINDOW)
                 self._duplex = Duplex(self._reactor, stream, self._view.socket.detach())

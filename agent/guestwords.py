@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -63,6 +64,59 @@ class GoOn(msgspec.Struct, frozen=True, tag="go-on"):
     positions: tuple[StreamPosition, ...]
 
 
+class CommandPipe(msgspec.Struct, frozen=True, array_like=True):
+    """A stream that is one or more of a command's stdio descriptors."""
+
+    stream: int
+    outgoing: bool
+    """the command writes to it"""
+    numbers: tuple[Annotated[int, msgspec.Meta(ge=0, le=2)], ...]
+
+
+class CommandDevice(msgspec.Struct, frozen=True, array_like=True):
+    """A stdio descriptor that is a device which every host has."""
+
+    number: Annotated[int, msgspec.Meta(ge=0, le=2)]
+    path: Literal["/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom"]
+    flags: int
+    """of open(2)"""
+
+
+class Limit(msgspec.Struct, frozen=True, array_like=True):
+    """A resource limit, as setrlimit(2) has it."""
+
+    resource: int
+    soft: int
+    hard: int
+
+
+class Begin(msgspec.Struct, frozen=True, tag="begin"):
+    """guard → keeper: execute the command, which COMMAND_STREAM has brought."""
+
+    host: str
+    """where it runs, for MIGRATE_HOST"""
+    cwd: str
+    pipes: tuple[CommandPipe, ...]
+    devices: tuple[CommandDevice, ...]
+    limits: tuple[Limit, ...]
+    umask: int
+    nice: int
+    low: bool
+
+
+class Prepared(msgspec.Struct, frozen=True, tag="prepared"):
+    """keeper → guard: the capsule stands, the command may begin."""
+
+
+class NotStarted(msgspec.Struct, frozen=True, tag="not-started"):
+    """keeper → guard: the command was not executed, and never will be. `status`: 125, 126 or 127."""
+
+    status: Annotated[int, msgspec.Meta(ge=125, le=127)]
+    what: str
+    reason: str
+    remedy: str = ""
+
+
 class Stopped(msgspec.Struct, frozen=True, tag="stopped"):
     """keeper → guard: the root of the guest was stopped by a signal."""
 
@@ -82,12 +136,14 @@ class Ended(msgspec.Struct, frozen=True, tag="ended"):
     """descriptor and position of each file that home shares"""
 
 
-ToKeeper = Signal | Kill | GoOn
-ToGuard = Started | Stopped | Continued | Ended
+ToKeeper = Signal | Kill | GoOn | Begin
+ToGuard = Started | Stopped | Continued | Ended | Prepared | NotStarted
 
 encode = msgspec.msgpack.Encoder().encode
 decode_for_keeper: Callable[[bytes], ToKeeper] = msgspec.msgpack.Decoder(ToKeeper).decode
 decode_for_guard: Callable[[bytes], ToGuard] = msgspec.msgpack.Decoder(ToGuard).decode
 
 VIEW_STREAM = 1
+COMMAND_STREAM = 2
+"""a msgpack `migrate.messages.Command`, once, to the keeper of a command"""
 FIRST_PIPE_STREAM = 16

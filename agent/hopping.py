@@ -82,6 +82,7 @@ async def hop(here: ThisHost, guest: str, host: Host, tell: Tell) -> peer_messag
         epoch=keeper.offer.epoch + 1,
         memory_bytes=sum(p.status.dump_bytes for p in tree.members),
         cpu_features=cpu_features(),
+        is_command=False,
     )
     async with handover(here, offer, host, ("bulk",)) as accepted:
         await _have_home_connect(here, offer, host)

@@ -53,7 +53,8 @@ def serve(offer: Offer, link: Link, local: bool) -> None:
         if not local:
             view = HomeView(directory / "view")
         # The worker is made out here: inside it would take a pid that the guest may need.
-        with CriuCall() as call, listen(directory / "keeper.sock") as server:
+        worker = contextlib.nullcontext() if offer.is_command else CriuCall()
+        with worker as call, listen(directory / "keeper.sock") as server:
             _run_inside(offer, link, server, view, images, call)
     finally:
         tree = Cgroup(guest_path("keeper", offer.guest, "tree"))
@@ -73,7 +74,7 @@ def _run_inside(
     server: socket.socket,
     view: HomeView | None,
     images: Path,
-    call: CriuCall,
+    call: CriuCall | None,
 ) -> None:
     syscalls.unshare(CLONE_NEWPID)
     init = 0

@@ -65,6 +65,8 @@ class Offer(msgspec.Struct, frozen=True):
     freeze_limit_seconds: float = 10.0
     cut_freeze_seconds: float = 20.0
     home_boot_id: Name = ""
+    is_command: bool = False
+    """the guest is started by its keeper, not restored from images"""
 
 
 class StartDeparture(msgspec.Struct, frozen=True, tag="depart"):
@@ -77,6 +79,17 @@ class StartDeparture(msgspec.Struct, frozen=True, tag="depart"):
     starttime_ticks: int
     host_pid: int
     ghost_limit_bytes: int
+
+
+class StartCommand(msgspec.Struct, frozen=True, tag="command"):
+    """migd → guard: stand at home for a command of `offer.ids.pid`. Descriptors: lifeline in and
+    out, the client's socket, its `Command`, its stdin, stdout and stderr."""
+
+    offer: Offer
+    destination: Name
+    destination_boot_id: Name
+    starttime_ticks: int
+    low: bool = False
 
 
 class Attach(msgspec.Struct, frozen=True, tag="attach"):
@@ -201,7 +214,9 @@ class Aborted(msgspec.Struct, frozen=True, tag="aborted"):
     remedy: str = ""
 
 
-ToAgent: TypeAlias = StartDeparture | Attach | EndGuest | Verdict | DropNext | GuestLost
+ToAgent: TypeAlias = (
+    StartDeparture | StartCommand | Attach | EndGuest | Verdict | DropNext | GuestLost
+)
 FromAgent: TypeAlias = Progress | Departed | Failed | NeedLifeline | Ended | LifelineCut
 
 
@@ -282,7 +297,7 @@ def take_stdin() -> socket.socket:
     return sock
 
 
-def in_doubt(start: StartDeparture, doubt: str) -> Failed:
+def in_doubt(start: StartDeparture | StartCommand, doubt: str) -> Failed:
     """What a client is told while only the destination's record can tell what happened."""
     return Failed(
         start.offer.transaction,

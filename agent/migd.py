@@ -14,6 +14,7 @@ import sys
 
 from agent.broker import Broker
 from agent.clients import ClientServer
+from agent.command_server import CommandServer
 from agent.peers import Patience, Peers, PeerServer, own_hello
 from criu_hooks.calls import criu_path
 from migrate import paths
@@ -68,6 +69,7 @@ async def serve(config: Config, criu_version: str) -> None:
             allowed_uids=frozenset({0, user.pw_uid}),
         )
         clients = ClientServer(broker)
+        commands = CommandServer(broker.run_command)
         stop = asyncio.Event()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -77,12 +79,14 @@ async def serve(config: Config, criu_version: str) -> None:
             server.start()
             broker.start()
             await clients.start()
+            commands.start()
             notify("READY=1")
             log.info("migd on %s is ready (CRIU %s)", config.name, criu_version)
             await stop.wait()
         finally:
             notify("STOPPING=1")
             clients.close()
+            commands.close()
             await server.aclose()
             broker.close()
 

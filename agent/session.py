@@ -26,27 +26,28 @@ Fork = Callable[[], int]
 
 
 def spawn_in_session(
-    ids: TreeIds, spawn: Callable[[Fork], int], reactor: Reactor
+    ids: TreeIds, spawn: Callable[[Fork], int], reactor: Reactor, pid: int | None = None
 ) -> tuple[int, tuple[int, ...]]:
     """Start criu as a child of the caller, in the session and group that `ids` name.
 
     :param spawn: forks with the function it is given, and returns the child's pid.
+    :param pid: which one the child gets; None: any.
     :returns: criu's pid, and processes of the caller that only hold the numbers: kill them
         afterwards.
     """
     if ids.sid == ids.pid:
-        return spawn(os.fork), ()
+        return spawn(lambda: fork_with_pid(pid)), ()
     if ids.sid == os.getpid():
         if os.getsid(0) != ids.sid:
             os.setsid()
         if ids.pgid in (ids.pid, ids.sid):
-            return spawn(os.fork), ()
+            return spawn(lambda: fork_with_pid(pid)), ()
         group = _hold(ids.pgid, lambda: os.setpgid(0, 0), reactor)
-        return spawn(lambda: _fork_into(group)), (group,)
+        return spawn(lambda: _fork_into(group, pid)), (group,)
     reading, writing = os.pipe()
     leader = fork_with_pid(ids.sid)
     if leader == 0:
-        _lead(ids, spawn, writing)
+        _lead(ids, spawn, writing, pid)
     os.close(writing)
     try:
         if not wait_for(reactor, reading, READ, _SECONDS):
@@ -60,8 +61,8 @@ def spawn_in_session(
     return criu, (leader, group) if group else (leader,)
 
 
-def _fork_into(group: int) -> int:
-    pid = os.fork()
+def _fork_into(group: int, wanted: int | None) -> int:
+    pid = fork_with_pid(wanted)
     if pid == 0:
         os.setpgid(0, group)
     return pid
@@ -87,7 +88,7 @@ def _hold(pid: int, become: Callable[[], None], reactor: Reactor) -> int:
     return child
 
 
-def _lead(ids: TreeIds, spawn: Callable[[Fork], int], writing: int) -> None:
+def _lead(ids: TreeIds, spawn: Callable[[Fork], int], writing: int, wanted: int | None) -> None:
     """The child that leads the session: starts criu beside itself, tells, waits to be killed."""
     try:
         os.setsid()
@@ -101,7 +102,7 @@ def _lead(ids: TreeIds, spawn: Callable[[Fork], int], writing: int) -> None:
             os.setpgid(group, group)
 
         def fork() -> int:
-            pid = fork_with_pid(None, sibling=True)
+            pid = fork_with_pid(wanted, sibling=True)
             if pid == 0 and group:
                 os.setpgid(0, group)
             return pid

@@ -94,13 +94,18 @@ class _Numbers:
     rt_sigqueueinfo: int
     rt_tgsigqueueinfo: int
     kcmp: int
+    ioprio_set: int
     clone3: int = 435
     pidfd_getfd: int = 438
 
 
 _NUMBERS = {
-    "x86_64": _Numbers(ptrace=101, rt_sigqueueinfo=129, rt_tgsigqueueinfo=297, kcmp=312),
-    "aarch64": _Numbers(ptrace=117, rt_sigqueueinfo=138, rt_tgsigqueueinfo=240, kcmp=272),
+    "x86_64": _Numbers(
+        ptrace=101, rt_sigqueueinfo=129, rt_tgsigqueueinfo=297, kcmp=312, ioprio_set=251
+    ),
+    "aarch64": _Numbers(
+        ptrace=117, rt_sigqueueinfo=138, rt_tgsigqueueinfo=240, kcmp=272, ioprio_set=30
+    ),
 }
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -368,6 +373,12 @@ def tee(source: int, target: int, size: int, flags: int = 0) -> int:
 def kcmp(first: int, second: int, kind: int, index1: int = 0, index2: int = 0) -> int:
     """kcmp(2): 0 if two processes share the resource of KCMP_* kind, else an order, 1 to 3."""
     return _syscall("kcmp", _numbers().kcmp, first, second, kind, index1, index2)
+
+
+def set_idle_io_priority() -> None:
+    """ioprio_set(2): from now on this process's disk I/O waits for everybody else's."""
+    process, idle_class = 1, 3 << 13
+    _syscall("ioprio_set", _numbers().ioprio_set, process, 0, idle_class)
 
 
 def signal_mask(numbers: Iterable[int]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from criu_hooks.tree import ProcessTree
@@ -36,13 +37,18 @@ def in_view(path: str, shared_paths: tuple[str, ...]) -> bool:
 
 def view_of(tree: ProcessTree, shared_paths: tuple[str, ...]) -> tuple[str, ...]:
     """What comes from home: where users write, and where this tree works and has files open."""
-    found = list(VIEW_DIRECTORIES)
     wanted = [p.private.cwd for p in tree.members]
     wanted += [
         str(Path(f.link).parent)
         for _, f in tree.files()
         if f.link.startswith("/") and not f.deleted
     ]
+    return view_around(wanted, shared_paths)
+
+
+def view_around(wanted: Iterable[str], shared_paths: tuple[str, ...]) -> tuple[str, ...]:
+    """What comes from home if these directories are to."""
+    found = list(VIEW_DIRECTORIES)
     for directory in wanted:
         covered = any(_below(directory, top) for top in found)
         if directory != "/" and not covered and in_view(directory, shared_paths):

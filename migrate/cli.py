@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from migrate import client, messages
+from migrate.command import Words, run
 from migrate.errors import MigrateError
 from migrate.pids import format_pid, parse_pid
 
@@ -86,8 +87,12 @@ def _parse_host_id(word: str) -> int:
     raise MigrateError(f"host id {word}", f"host ids are 1 to {HOST_ID_MAX}", "use -h for a name")
 
 
-@app.command()
+@app.command(context_settings={"allow_interspersed_args": False})
 def migrate(
+    command: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[COMMAND [ARGUMENT]...]", help="What to run; none: a shell."),
+    ] = None,
     pids: Annotated[
         list[str] | None,
         typer.Option(
@@ -105,18 +110,52 @@ def migrate(
     verbose: Annotated[
         bool, typer.Option("-v", help="Say what was done, also when piped.")
     ] = False,
-    debug: Annotated[bool, typer.Option("-D", help="Show each step.")] = False,
+    debug: Annotated[bool, typer.Option("-D", help="Show each step, with its time.")] = False,
+    background: Annotated[
+        bool, typer.Option("-b", help="Run it in the background: print its pid and return.")
+    ] = False,
+    low: Annotated[bool, typer.Option("-B", help="Run it at background (low) priority.")] = False,
+    local: Annotated[
+        bool, typer.Option("-l", help="Run it here if it cannot be run elsewhere.")
+    ] = False,
+    file: Annotated[
+        str | None,
+        typer.Option("-E", metavar="FILE", help="Execute FILE; COMMAND is only its argv[0]."),
+    ] = None,
     check: Annotated[bool, typer.Option("--check", help="Only tell what is in the way.")] = False,
 ) -> None:
-    """Move running processes to another host: the idlest one, or the one that -h or -H names."""
-    if not pids:
-        raise MigrateError("migrate", "no process named", "use -p PID")
+    """Run a command on another host as if it ran here, or move running processes there.
+
+    It is the idlest host of the cluster, or the one that -h or -H names.
+    """
     if host is not None and host_id is not None:
         raise MigrateError("migrate", "-h and -H exclude each other", "use one of them")
     # Neither must be taken for «any host», which is what migd is told by leaving them out.
     if host == "":
         raise MigrateError("-h", "names no host", "leave it out to have one chosen")
     number = _parse_host_id(host_id) if host_id is not None else 0
+    if file == "":
+        raise MigrateError("-E", "names no file", "name the program to execute")
+    if not pids:
+        if check:
+            raise MigrateError("--check", "no process named", "use -p PID")
+        if file is not None and not command:
+            raise MigrateError("-E", "needs the command's argv[0]", "write it after the options")
+        run(
+            Words(
+                arguments=command or (),
+                host=host or "",
+                host_id=number,
+                file=file or "",
+                background=background,
+                low=low,
+                local=local,
+                verbose=verbose,
+                debug=debug,
+            )
+        )
+    if command or background or low or local or file:
+        raise MigrateError("-p", "moves processes, and runs no command", "use one of them")
     processes = [parse_pid(word) for word in pids]
     good = True
     for process in processes:

@@ -22,6 +22,8 @@ AUTHORIZED_KEYS = PEER_HOME / ".ssh" / "authorized_keys"
 
 RUN_DIR = Path("/run/migrate")
 MIGD_SOCKET = RUN_DIR / "migd.sock"
+RUN_SOCKET = RUN_DIR / "run.sock"
+"""Where users ask for commands to be run elsewhere."""
 PEER_SOCKET = RUN_DIR / "peer.sock"
 GUESTS_DIR = RUN_DIR / "guests"
 """Root only, 0700: one directory a guest, with its images and sockets."""

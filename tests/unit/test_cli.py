@@ -171,8 +171,9 @@ def test_every_reason_is_one_line_and_the_other_pids_still_move(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        ((), "migrate: migrate: no process named; use -p PID"),
-        (("-h", "node2"), "migrate: migrate: no process named; use -p PID"),
+        (("--check",), "migrate: --check: no process named; use -p PID"),
+        (("-E", "/bin/ls"), "migrate: -E: needs the command's argv[0]"),
+        (("-b", "-E", "", "ls"), "migrate: -E: names no file"),
         (
             ("-p", "5", "-h", "node2", "-H", "2"),
             "migrate: migrate: -h and -H exclude each other; use one of them",
@@ -192,7 +193,8 @@ def test_every_reason_is_one_line_and_the_other_pids_still_move(tmp_path: Path) 
         (("-p", "5", "-H", "node2"), "migrate: host id node2: host ids are 1 to 65535"),
         (("-p",), "migrate: Option '-p' requires an argument."),
         (("-p", "5", "-h"), "migrate: Option '-h' requires an argument."),
-        (("-p", "5", "6"), "migrate: Got unexpected extra argument"),
+        (("-p", "5", "6"), "migrate: -p: moves processes, and runs no command"),
+        (("-p", "5", "-b"), "migrate: -p: moves processes, and runs no command"),
         (("--wat",), "migrate: No such option: --wat"),
     ],
 )

@@ -1,0 +1,139 @@
+"""migd's part in `migrate COMMAND`: find a host, have it make a capsule, and start the guard."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import pwd
+import secrets
+import socket
+
+from agent.command_server import Client
+from agent.handover import handover
+from agent.link import Offer, Owner, StartCommand, TreeIds
+from agent.peers import AnswerLost
+from agent.selection import choose_host
+from agent.this_host import ThisHost
+from agent.viewed import view_around
+from criu_hooks.proc import ProcDir, Stat, parse_stat, parse_status
+from migrate import messages
+from migrate.config import Config, Host
+from migrate.errors import MigrateError, PeerError, UserError
+
+log = logging.getLogger(__name__)
+
+SECOND_CHANCE_SECONDS = 3.0
+
+
+async def run_command(here: ThisHost, request: messages.RunCommand, client: Client) -> None:
+    """Find a host and hand the client to a guard.
+
+    :raises MigrateError: nothing was begun.
+    """
+    config = here.config
+    named = _named_host(config, request)
+    if named is not None:
+        if named.name == config.name:
+            _tell(client, messages.Here(named.name))
+            return
+        await _begin_there(here, named, request, client)
+        return
+    refused: set[str] = set()
+    while True:
+        host = await choose_host(config, here.peers, frozenset(refused))
+        try:
+            await _begin(here, host, request, client)
+            return
+        except PeerError as error:
+            # A refused offer is the next host's chance.
+            log.info("%s", error)
+            refused.add(host.name)
+            if len(refused) >= len(config.peers):
+                raise
+
+
+def _named_host(config: Config, request: messages.RunCommand) -> Host | None:
+    if request.host:
+        return config.host_named(request.host)
+    return config.host_with_id(request.host_id) if request.host_id else None
+
+
+async def _begin_there(
+    here: ThisHost, host: Host, request: messages.RunCommand, client: Client
+) -> None:
+    try:
+        await _begin(here, host, request, client)
+    except AnswerLost as error:
+        # The control connection was dead without our knowing: once more over a fresh one, as
+        # another guest, since the first offer may have arrived; that one ends by itself.
+        log.info("%s; once more", error)
+        try:
+            async with asyncio.timeout(SECOND_CHANCE_SECONDS):
+                await here.peers.control(host).hello()
+        except (MigrateError, TimeoutError):
+            raise error from None
+        await _begin(here, host, request, client)
+
+
+async def _begin(here: ThisHost, host: Host, request: messages.RunCommand, client: Client) -> None:
+    offer, stat = _make_offer(here, request, client)
+    async with handover(here, offer, host, ("lifeline",)) as accepted:
+        _tell(client, messages.Progress(f"{host.name} has accepted"))
+        start = StartCommand(
+            offer, host.name, accepted.boot_id, stat.starttime_ticks, request.low
+        )
+        guard = here.agents.start("guard", offer.guest, None)
+        (lifeline,) = accepted.connections
+        fds = (lifeline.fd_in, lifeline.fd_out, client.socket.fileno(), *client.fds)
+        if guard.link.send(start, fds):
+            lifeline.detach()
+
+
+def _make_offer(
+    here: ThisHost, request: messages.RunCommand, client: Client
+) -> tuple[Offer, Stat]:
+    if client.pid == 0:
+        raise UserError("migrate", "runs in another pid namespace", "run it on the host itself")
+    try:
+        with ProcDir(client.pid) as proc:
+            stat = parse_stat(proc.read("stat"))
+            credentials = parse_status(proc.read("status")).credentials
+            cwd = proc.link("cwd")
+    except OSError:
+        raise UserError(f"pid {client.pid}", "has ended") from None
+    uid = credentials.uids.real
+    if not (credentials.uids.same and credentials.gids.same) or uid != client.uid:
+        raise UserError(f"pid {client.pid}", "has more than one uid or gid")
+    if cwd.endswith(" (deleted)"):
+        raise UserError("working directory", "does not exist any more", "cd to another")
+    try:
+        name = pwd.getpwuid(uid).pw_name
+    except KeyError:
+        raise UserError(f"uid {uid}", "has no account on this host") from None
+    return Offer(
+        transaction=secrets.token_hex(6),
+        guest=f"{client.pid}-{secrets.token_hex(6)}",
+        home=here.name,
+        source=here.name,
+        owner=Owner(name, uid, credentials.gids.real, tuple(credentials.groups)),
+        ids=TreeIds(client.pid, stat.ppid, stat.pgid, stat.sid),
+        epoch=1,
+        memory_bytes=0,
+        machine=os.uname().machine,
+        cpu_features=(),
+        criu_version=here.criu_version,
+        hostname=os.uname().nodename,
+        view=view_around([cwd], here.config.shared_paths),
+        command=request.title,
+        freeze_limit_seconds=here.config.freeze_limit_seconds,
+        cut_freeze_seconds=here.config.cut_freeze_seconds,
+        home_boot_id=here.boot_id,
+        is_command=True,
+    ), stat
+
+
+def _tell(client: Client, reply: messages.Progress | messages.Here) -> None:
+    with contextlib.suppress(OSError):
+        client.socket.send(messages.encode(reply), socket.MSG_NOSIGNAL)
