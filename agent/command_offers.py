@@ -81,9 +81,7 @@ async def _begin(here: ThisHost, host: Host, request: messages.RunCommand, clien
     offer, stat = _make_offer(here, request, client)
     async with handover(here, offer, host, ("lifeline",)) as accepted:
         _tell(client, messages.Progress(f"{host.name} has accepted"))
-        start = StartCommand(
-            offer, host.name, accepted.boot_id, stat.starttime_ticks, request.low
-        )
+        start = StartCommand(offer, host.name, accepted.boot_id, stat.starttime_ticks, request.low)
         guard = here.agents.start("guard", offer.guest, None)
         (lifeline,) = accepted.connections
         fds = (lifeline.fd_in, lifeline.fd_out, client.socket.fileno(), *client.fds)
@@ -91,9 +89,7 @@ async def _begin(here: ThisHost, host: Host, request: messages.RunCommand, clien
             lifeline.detach()
 
 
-def _make_offer(
-    here: ThisHost, request: messages.RunCommand, client: Client
-) -> tuple[Offer, Stat]:
+def _make_offer(here: ThisHost, request: messages.RunCommand, client: Client) -> tuple[Offer, Stat]:
     if client.pid == 0:
         raise UserError("migrate", "runs in another pid namespace", "run it on the host itself")
     try:
@@ -108,6 +104,8 @@ def _make_offer(
         raise UserError(f"pid {client.pid}", "has more than one uid or gid")
     if cwd.endswith(" (deleted)"):
         raise UserError("working directory", "does not exist any more", "cd to another")
+    if any("\ud800" <= letter <= "\udfff" for letter in cwd):
+        raise UserError("working directory", "its name is not in UTF-8", "cd to another")
     try:
         name = pwd.getpwuid(uid).pw_name
     except KeyError:

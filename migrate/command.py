@@ -107,7 +107,9 @@ def _arguments(words: Words) -> Sequence[str]:
 def _ask(words: Words) -> _Standing:
     """Have it arranged. :raises MigrateError: the command will not be started."""
     started = time.monotonic()
-    title = " ".join(_arguments(words)).encode(errors="replace")[:TITLE_BYTES].decode(errors="ignore")
+    title = (
+        " ".join(_arguments(words)).encode(errors="replace")[:TITLE_BYTES].decode(errors="ignore")
+    )
     request = messages.RunCommand(words.host, words.host_id, words.low, title)
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
         description = _sealed(messages.encode(_command(words)))
