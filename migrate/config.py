@@ -17,9 +17,12 @@ from migrate.errors import ConfigError, UserError
 
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=86400)]
 Bytes = Annotated[int, msgspec.Meta(ge=0, le=1 << 50)]
+Load = Annotated[float, msgspec.Meta(ge=0, le=10000)]
+Loads = tuple[Load, Load, Load]
 HostId = Annotated[int, msgspec.Meta(ge=1, le=65535)]
 Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
 
+DEFAULT_CANDIDATES = 3
 LOST_MARGIN_SECONDS = 10.0
 """By how much `lost_seconds` must exceed `cut_freeze_seconds` (invariant 7)."""
 
@@ -61,6 +64,26 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     min_free_memory_bytes: Bytes = 256 << 20
     """Guests are refused that would leave this host less memory than this."""
     accept_guests: bool = True
+    guest_slots: Annotated[int, msgspec.Meta(ge=0, le=65535)] = 0
+    """Guests of one priority taken at once; 0: as many as there are processors."""
+    idle_seconds: Seconds = 30.0
+    """Guests are welcome when nobody has typed for so long."""
+    load_accept: Loads = (0.75, 1.0, 1.5)
+    """Load averages (1, 5, 15 min) a processor, below all of which guests become welcome …"""
+    load_stop: Loads = (2.5, 2.75, 3.0)
+    """… until one of these is exceeded."""
+    sample_seconds: Seconds = 5.0
+    """How often load and idle time are looked at."""
+    report_seconds: Seconds = 60.0
+    """Longest time between two reports to the central daemon; a change of state goes at once."""
+    down_seconds: Seconds = 180.0
+    """A host not heard of for so long is down."""
+    give_back_seconds: Seconds = 15.0
+    """A user asked for a host back has so long to return it."""
+    central_candidates: tuple[str, ...] = ()
+    """Who may be the central daemon, first choice first; by default the three lowest numbers."""
+    owners: tuple[str, ...] = ()
+    """Users who may block this host and send its guests home, as root may."""
     shared_paths: tuple[str, ...] = ()
     """Directories that all hosts share anyway (NFS): left out of the home view."""
 
@@ -73,6 +96,13 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def peers(self) -> tuple[Host, ...]:
         """All hosts but this one."""
         return tuple(host for host in self.hosts if host.name != self.name)
+
+    @property
+    def candidates(self) -> tuple[Host, ...]:
+        """The hosts that may be the central daemon, first choice first."""
+        if self.central_candidates:
+            return tuple(self.host_named(name) for name in self.central_candidates)
+        return tuple(sorted(self.hosts, key=lambda host: host.id)[:DEFAULT_CANDIDATES])
 
     def host_named(self, name: str) -> Host:
         """:raises UserError: there is none."""
@@ -216,6 +246,17 @@ def _check_settings(config: Config, path: Path, text: str) -> None:
     if config.lost_seconds < least:
         reason = f"{config.lost_seconds:g} is too short after cut_freeze_seconds"
         _wrong(path, text, ("lost_seconds",), reason, f"make it at least {least:g}")
+    if any(
+        accept > stop for accept, stop in zip(config.load_accept, config.load_stop, strict=True)
+    ):
+        _wrong(path, text, ("load_accept",), "is above load_stop", "make it lower")
+    if config.down_seconds <= config.report_seconds:
+        _wrong(path, text, ("down_seconds",), "is not longer than report_seconds")
+    names = [host.name for host in config.hosts]
+    for index, name in enumerate(config.central_candidates):
+        if name not in names or name in config.central_candidates[:index]:
+            reason = f"{name} is named twice" if name in names else f"no [[host]] is called {name}"
+            _wrong(path, text, ("central_candidates", index), reason)
     for index, shared in enumerate(config.shared_paths):
         if not shared.startswith("/") or os.path.normpath(shared) != shared or shared == "/":
             reason = f"{shared!r} must be an absolute path below /, without .. or a final /"

@@ -16,6 +16,10 @@ HOST_PUBLIC_KEY = Path("/etc/ssh/ssh_host_ed25519_key.pub")
 
 STATE_DIR = Path("/var/lib/migrate")
 JOURNAL = STATE_DIR / "journal.db"
+LOAD_CHECKPOINT = STATE_DIR / "load.db"
+"""Hosts that the central daemon knows, and its term."""
+BLOCKED_FILE = STATE_DIR / "blocked"
+"""There while an administrator wants no guests here; holds the reason."""
 PEER_HOME = STATE_DIR / "peer"
 """Home of the system user `migrate`; root's own, so that the user cannot change who may enter."""
 AUTHORIZED_KEYS = PEER_HOME / ".ssh" / "authorized_keys"
@@ -24,6 +28,10 @@ RUN_DIR = Path("/run/migrate")
 MIGD_SOCKET = RUN_DIR / "migd.sock"
 RUN_SOCKET = RUN_DIR / "run.sock"
 """Where users ask for commands to be run elsewhere."""
+LOAD_SOCKET = RUN_DIR / "load.sock"
+"""The Mig library's way to migd; open to every user."""
+LOADAVG_FILE = RUN_DIR / "loadavg"
+"""This host's own record (migrate.mig_messages.HostInfo as JSON); Sprite had a pseudo-device there."""
 PEER_SOCKET = RUN_DIR / "peer.sock"
 GUESTS_DIR = RUN_DIR / "guests"
 """Root only, 0700: one directory a guest, with its images and sockets."""
