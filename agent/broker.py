@@ -15,6 +15,7 @@ from agent.inspection import inspect_process
 from agent.journal import Entry
 from agent.leaving import leave
 from agent.link import Failed, LifelineCut, NeedLifeline, Packet
+from agent.load_service import LoadService
 from agent.peers import Peers
 from agent.questions import Questions
 from agent.settling import Settling
@@ -35,14 +36,20 @@ class Broker:
         self._moving: set[int] = set()
         self.questions = Questions(self._here)
 
-    def start(self) -> None:
+    async def start(self) -> None:
         """Find agents again, and settle what was left undone."""
         self._here.agents.find_again()
         self._settling.settle_left()
+        await self._here.load.start()
 
     def reload(self) -> None:
         """Read the configuration again (SIGHUP); a wrong one is told and changes nothing."""
         self._here.reload()
+
+    @property
+    def load(self) -> LoadService:
+        """This host's part in the load database."""
+        return self._here.load
 
     def close(self) -> None:
         """Agents run on."""
@@ -122,3 +129,4 @@ class Broker:
         for queue in agent.waiting:
             queue.put_nowait(None)
         self._settling.agent_ended(agent)
+        self._here.load.host.guests_changed()

@@ -15,11 +15,11 @@ from agent.inspection import inspect_guest
 from agent.journal import Entry
 from agent.link import DropNext, Offer, StartDeparture
 from agent.peers import AnswerLost
-from agent.selection import choose_host, named_host
+from agent.selection import choose, named_host
 from agent.this_host import ThisHost, guest_gone
 from migrate import messages
 from migrate.config import Host
-from migrate.errors import HostError, MigrateError, UserError
+from migrate.errors import HostError, MigrateError, PeerError, UserError
 
 HOP_SECONDS = 3600.0
 
@@ -42,14 +42,38 @@ async def move_on(
         return messages.Checked(entry.pid)
     host = named_host(here.config, request, entry.peer)
     if host is None:
-        host = await choose_host(here.config, here.peers, frozenset({entry.peer}))
+        return await _move_to_idle(here, entry)
+    return await _move_to(here, entry, host)
+
+
+async def _move_to_idle(here: ThisHost, entry: Entry) -> messages.Moved:
+    """To the host that the load database chooses, or the next if that refuses."""
+    refused: list[PeerError] = []
+    excluded = {entry.peer}
+    while True:
+        async with choose(here, entry.uid, excluded, refused) as choice:
+            try:
+                moved = await _move_to(here, entry, choice.host, chosen=True)
+            except AnswerLost:
+                raise
+            except PeerError as error:
+                refused.append(error)
+                excluded.add(choice.host.name)
+                continue
+            choice.keep()
+            return moved
+
+
+async def _move_to(
+    here: ThisHost, entry: Entry, host: Host, *, chosen: bool = False
+) -> messages.Moved:
     try:
         if entry.peer == here.name:
-            moved = await hop(here, entry.guest, host, tell_nobody)
+            moved = await hop(here, entry.guest, host, tell_nobody, chosen=chosen)
         else:
             moved = await here.ask(
                 entry.peer,
-                peer_messages.MoveGuest(entry.guest, host.name),
+                peer_messages.MoveGuest(entry.guest, host.name, chosen),
                 peer_messages.GuestMoved,
                 HOP_SECONDS,
             )
@@ -64,8 +88,12 @@ async def move_on(
     return messages.Moved(entry.pid, host.name, moved.frozen_ms, moved.sent_bytes)
 
 
-async def hop(here: ThisHost, guest: str, host: Host, tell: Tell) -> peer_messages.GuestMoved:
+async def hop(
+    here: ThisHost, guest: str, host: Host, tell: Tell, *, chosen: bool = False
+) -> peer_messages.GuestMoved:
     """Send a guest of this host on to another, or home.
+
+    :param chosen: the load database chose that host: nobody named it.
 
     :raises MigrateError: it runs on here, or is in doubt.
     """
@@ -83,6 +111,7 @@ async def hop(here: ThisHost, guest: str, host: Host, tell: Tell) -> peer_messag
         memory_bytes=sum(p.status.dump_bytes for p in tree.members),
         cpu_features=cpu_features(),
         is_command=False,
+        chosen=chosen,
     )
     async with handover(here, offer, host, ("bulk",)) as accepted:
         await _have_home_connect(here, offer, host)

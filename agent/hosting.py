@@ -29,11 +29,6 @@ def free_memory_bytes() -> int:
     return int(psutil.virtual_memory().available)
 
 
-def load_per_processor() -> float:
-    """The load average of the last minute, for each processor."""
-    return psutil.getloadavg()[0] / (psutil.cpu_count() or 1)
-
-
 def judge(offer: Offer, peer: str, config: Config, criu_version: str) -> None:
     """Accept silently, or raise PeerError with the reason.
 

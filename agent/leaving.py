@@ -8,11 +8,13 @@ import os
 import pwd
 import secrets
 
+import msgspec
+
 from agent.handover import Tell, handover
 from agent.hosting import cpu_features
 from agent.link import Departed, Offer, Owner, StartDeparture, TreeIds
 from agent.peers import AnswerLost
-from agent.selection import choose_host, named_host
+from agent.selection import choose, named_host
 from agent.this_host import ThisHost
 from agent.viewed import view_of
 from criu_hooks.tree import ProcessTree
@@ -33,17 +35,19 @@ async def leave(here: ThisHost, request: messages.Move, tree: ProcessTree, tell:
     named = named_host(here.config, request, here.name)
     if named is not None:
         return await _leave_for(here, tree, named, tell)
-    refused: set[str] = set()
+    refused: list[PeerError] = []
+    excluded: set[str] = set()
     while True:
-        host = await choose_host(here.config, here.peers, frozenset(refused))
-        try:
-            return await _depart(here, tree, host, tell)
-        except PeerError as error:
-            # A refused offer is the next host's chance.
-            log.info("%s", error)
-            refused.add(host.name)
-            if len(refused) >= len(here.config.peers):
-                raise
+        async with choose(here, tree.root.credentials.uids.real, excluded, refused) as choice:
+            try:
+                departed = await _depart(here, tree, choice.host, tell, chosen=True)
+            except PeerError as error:
+                # A refused offer is the next host's chance.
+                refused.append(error)
+                excluded.add(choice.host.name)
+                continue
+            choice.keep()
+            return departed
 
 
 async def _leave_for(here: ThisHost, tree: ProcessTree, host: Host, tell: Tell) -> Departed:
@@ -61,8 +65,10 @@ async def _leave_for(here: ThisHost, tree: ProcessTree, host: Host, tell: Tell) 
         return await _depart(here, tree, host, tell)
 
 
-async def _depart(here: ThisHost, tree: ProcessTree, host: Host, tell: Tell) -> Departed:
-    offer = make_offer(here, tree)
+async def _depart(
+    here: ThisHost, tree: ProcessTree, host: Host, tell: Tell, *, chosen: bool = False
+) -> Departed:
+    offer = msgspec.structs.replace(make_offer(here, tree), chosen=chosen)
     async with handover(here, offer, host, ("bulk", "lifeline")) as accepted:
         order = StartDeparture(
             offer=offer,

@@ -67,6 +67,10 @@ class Offer(msgspec.Struct, frozen=True):
     home_boot_id: Name = ""
     is_command: bool = False
     """the guest is started by its keeper, not restored from images"""
+    priority: Annotated[int, msgspec.Meta(ge=0, le=2)] = 1
+    """as migrate.mig_messages.Priority"""
+    chosen: bool = False
+    """the load database chose the destination: nobody named it"""
 
 
 class StartDeparture(msgspec.Struct, frozen=True, tag="depart"):

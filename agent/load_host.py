@@ -188,12 +188,17 @@ class LoadHost:
         self._judge()
         self._blocked_file.unlink(missing_ok=True)
 
-    def check_offer(self, uid: int, priority: int) -> None:
-        """Whether a guest that was sent here by choice, not by name, may come.
+    def check_offer(self, priority: int, *, chosen: bool) -> None:
+        """Whether one more guest may come.
 
-        :raises PeerError: the host is in use, or full.
+        :param chosen: it is sent here by choice. One that is sent by name needs no idle host.
+        :raises PeerError: the host is in use, or full, or blocked.
         """
         name = self._config().name
+        if self._blocked:
+            raise PeerError(f"host {name}", f"takes no guests: {self._blocked}")
+        if not chosen:
+            return
         if self._judgement is None or not self._judgement.accepts:
             reason = self._judgement.reason if self._judgement else "migd is starting"
             raise PeerError(f"host {name}", f"takes no guests now: {reason}", "choose another host")

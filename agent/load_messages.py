@@ -13,7 +13,7 @@ import msgspec
 from agent.load_report import Report
 from migrate.mig_messages import Event, Held, Reply, Request, Uid, Word
 
-Number = Annotated[int, msgspec.Meta(ge=0, lt=1 << 63)]
+Number = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
 LISTEN_SECONDS = 20.0
 """The central daemon answers a Listen within it, with or without news."""
 

@@ -15,6 +15,7 @@ import sys
 from agent.broker import Broker
 from agent.clients import ClientServer
 from agent.command_server import CommandServer
+from agent.load_clients import LoadClients
 from agent.peers import Patience, Peers, PeerServer, own_hello
 from criu_hooks.calls import criu_path
 from migrate import paths
@@ -65,11 +66,13 @@ async def serve(config: Config, criu_version: str) -> None:
             broker.questions.is_peer,
             broker.questions.answer,
             broker.questions.incoming,
+            control_ended=broker.load.member.peer_gone,
             group_id=user.pw_gid,
             allowed_uids=frozenset({0, user.pw_uid}),
         )
         clients = ClientServer(broker)
         commands = CommandServer(broker.run_command)
+        load_clients = LoadClients(broker.load)
         stop = asyncio.Event()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -77,9 +80,10 @@ async def serve(config: Config, criu_version: str) -> None:
         loop.add_signal_handler(signal.SIGHUP, broker.reload)
         try:
             server.start()
-            broker.start()
+            await broker.start()
             await clients.start()
             commands.start()
+            load_clients.start()
             notify("READY=1")
             log.info("migd on %s is ready (CRIU %s)", config.name, criu_version)
             await stop.wait()
@@ -87,6 +91,7 @@ async def serve(config: Config, criu_version: str) -> None:
             notify("STOPPING=1")
             clients.close()
             commands.close()
+            load_clients.close()
             await server.aclose()
             broker.close()
 

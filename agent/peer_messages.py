@@ -7,17 +7,6 @@ import msgspec
 from agent.link import Name, Offer
 
 
-class AskLoad(msgspec.Struct, frozen=True, tag="load"):
-    """How busy are you?"""
-
-
-class Load(msgspec.Struct, frozen=True, tag="load-is"):
-    """One-minute load average per processor, and whether guests are taken."""
-
-    per_cpu: float
-    accepts: bool
-
-
 class MakeOffer(msgspec.Struct, frozen=True, tag="offer"):
     """Will you take this guest? Accepted, or an error with the reason."""
 
@@ -48,6 +37,8 @@ class MoveGuest(msgspec.Struct, frozen=True, tag="move-guest"):
 
     guest: Name
     destination: Name
+    chosen: bool = False
+    """as in the offer"""
 
 
 class ConnectGuest(msgspec.Struct, frozen=True, tag="connect-guest"):
@@ -99,10 +90,8 @@ class GuestMoved(msgspec.Struct, frozen=True, tag="guest-moved"):
     sent_bytes: int
 
 
-Question = (
-    AskLoad | MakeOffer | AskOutcome | MoveGuest | ConnectGuest | AskGuest | AskHome | DropGuest
-)
-Answer = Load | Accepted | OutcomeIs | GuestMoved | Connected | GuestIs | HomeIs
+Question = MakeOffer | AskOutcome | MoveGuest | ConnectGuest | AskGuest | AskHome | DropGuest
+Answer = Accepted | OutcomeIs | GuestMoved | Connected | GuestIs | HomeIs
 
 encode = msgspec.msgpack.Encoder().encode
 decode_question = msgspec.msgpack.Decoder(Question).decode

@@ -95,6 +95,7 @@ class PeerServer:
         serve: Serve,
         receive: Receive,
         *,
+        control_ended: Callable[[str], None] = lambda peer: None,
         path: Path = paths.PEER_SOCKET,
         group_id: int | None = None,
         allowed_uids: frozenset[int] = frozenset({0}),
@@ -105,6 +106,7 @@ class PeerServer:
         :param serve: answers requests on control connections. Runs to its end even if the peer
             goes away meanwhile; then its answer is dropped.
         :param receive: takes a raw connection over, descriptors and all.
+        :param control_ended: told when the last control connection of a peer has ended.
         :param group_id: the group that may connect (that of the user `migrate`).
         :param allowed_uids: who may connect (root and the user `migrate`).
         """
@@ -112,6 +114,7 @@ class PeerServer:
         self._is_peer = is_peer
         self._serve = serve
         self._receive = receive
+        self._control_ended = control_ended
         self._path = path
         self._group_id = group_id
         self._allowed_uids = allowed_uids
@@ -119,6 +122,7 @@ class PeerServer:
         self._listener: socket.socket | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._held: Counter[str] = Counter()
+        self._controls: Counter[str] = Counter()
         self._told = Repeated(log)
 
     def start(self) -> None:
@@ -227,7 +231,14 @@ class PeerServer:
                 raise
             await stream.write_frame(encode_word(self._own))
         if hello.use == "control":
-            await self._serve_control(peer, stream)
+            self._controls[peer] += 1
+            try:
+                await self._serve_control(peer, stream)
+            finally:
+                self._controls[peer] -= 1
+                if not self._controls[peer]:
+                    del self._controls[peer]
+                    self._control_ended(peer)
         else:
             await self._await_purpose(sock, peer, stream)
 

@@ -6,11 +6,11 @@ import logging
 
 import msgspec
 
-from agent import peer_messages
+from agent import load_messages, peer_messages
 from agent.guest_lines import connect_next
 from agent.handover import tell_nobody
 from agent.hopping import hop
-from agent.hosting import judge, load_per_processor
+from agent.hosting import judge
 from agent.journal import Entry, Side, State
 from agent.link import Attach, Offer
 from agent.peers import IncomingConnection
@@ -19,6 +19,9 @@ from migrate.errors import PeerError
 from migrate.framing import MALFORMED
 
 log = logging.getLogger(__name__)
+
+
+_decode = msgspec.msgpack.Decoder(peer_messages.Question | load_messages.LoadQuestion).decode
 
 
 class Questions:
@@ -34,18 +37,18 @@ class Questions:
     async def answer(self, peer: str, payload: bytes) -> bytes:
         """A question of another migd. Raises MigrateError, which is told to it."""
         try:
-            question = peer_messages.decode_question(payload)
+            question = _decode(payload)
         except MALFORMED as error:
             raise PeerError(
                 "question", f"makes no sense here ({error})", "use the same version"
             ) from None
+        if isinstance(question, load_messages.LoadQuestion):
+            return await self._here.load.answer(peer, question)
         return peer_messages.encode(await self._answer(peer, question))
 
     async def _answer(self, peer: str, question: peer_messages.Question) -> peer_messages.Answer:
         here = self._here
         match question:
-            case peer_messages.AskLoad():
-                return peer_messages.Load(load_per_processor(), here.config.accept_guests)
             case peer_messages.MakeOffer(offer):
                 return self._take_in(offer, peer)
             case peer_messages.AskOutcome(transaction):
@@ -61,10 +64,11 @@ class Questions:
                 if here.keeper_of(guest, peer) is not None:
                     here.end_guest(guest, "home has given it up")
                 return peer_messages.GuestIs(False)
-            case peer_messages.MoveGuest(guest, destination):
+            case peer_messages.MoveGuest(guest, destination, chosen):
                 if here.keeper_of(guest, peer) is None:
                     raise PeerError(f"guest {guest}", "is not here", "look with `migctl ps`")
-                return await hop(here, guest, here.config.host_named(destination), tell_nobody)
+                host = here.config.host_named(destination)
+                return await hop(here, guest, host, tell_nobody, chosen=chosen)
             case peer_messages.ConnectGuest(guest, host):
                 where = [
                     e.peer
@@ -80,6 +84,8 @@ class Questions:
     def _take_in(self, offer: Offer, peer: str) -> peer_messages.Accepted:
         here = self._here
         judge(offer, peer, here.config, here.criu_version)
+        if offer.home != here.name:
+            here.load.host.check_offer(offer.priority, chosen=offer.chosen)
         if not offer.guest.replace("-", "").isalnum() or not offer.transaction.isalnum():
             raise PeerError("offer", "its names are malformed")
         if here.agents.find("keeper", offer.guest) is not None:
@@ -88,6 +94,7 @@ class Questions:
         place = "local" if offer.home == here.name else "remote"
         agent = here.agents.start("keeper", offer.guest, offer, place)
         agent.link.socket.send(msgspec.msgpack.encode(offer))
+        here.load.host.guests_changed()
         log.info("%s: offer of %s from %s accepted", offer.transaction, offer.guest, peer)
         return peer_messages.Accepted(here.boot_id)
 

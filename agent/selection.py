@@ -1,16 +1,21 @@
-"""Which host a process goes to if its user names none; the load database will stand behind it."""
+"""Which host a process goes to if its user names none; the load database knows."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
 
-from agent import peer_messages
-from agent.peers import Peers
+from agent.load_service import Choice
+from agent.this_host import ThisHost
 from migrate.config import Config, Host
 from migrate.errors import MigrateError, PeerError, UserError
 from migrate.messages import Move
 
-ASK_SECONDS = 2.0
+log = logging.getLogger(__name__)
+
+REACH_SECONDS = 2.0
 
 
 def named_host(config: Config, request: Move, where_now: str) -> Host | None:
@@ -30,30 +35,32 @@ def named_host(config: Config, request: Move, where_now: str) -> Host | None:
     return host
 
 
-async def choose_host(config: Config, peers: Peers, excluded: frozenset[str]) -> Host:
-    """The reachable host with the lowest load that takes guests.
+@asynccontextmanager
+async def choose(
+    here: ThisHost, uid: int, excluded: set[str], refused: list[PeerError]
+) -> AsyncIterator[Choice]:
+    """An idle host that can be reached, in use until the block ends, or for as long as the guest.
 
-    :raises PeerError: there is none.
+    :param excluded: hosts not to try; those that cannot be reached are added.
+    :param refused: what those that were tried have said.
+    :raises PeerError: there is none; if one has refused, its reason.
     """
-    candidates = [host for host in config.peers if host.name not in excluded]
-    loads = await asyncio.gather(*(_load(peers, host) for host in candidates))
-    known = [
-        (load.per_cpu, host.id, host) for load, host in zip(loads, candidates, strict=True) if load
-    ]
-    if not known:
-        raise PeerError(
-            "cluster",
-            "no other host can be reached that takes guests",
-            "name one with -h, or try later",
-        )
-    return min(known)[2]
-
-
-async def _load(peers: Peers, host: Host) -> peer_messages.Load | None:
-    question = peer_messages.encode(peer_messages.AskLoad())
-    try:
-        data = await peers.control(host).request(question, ASK_SECONDS)
-    except MigrateError:
-        return None
-    answer = peer_messages.decode_answer(data)
-    return answer if isinstance(answer, peer_messages.Load) and answer.accepts else None
+    if refused:
+        log.info("%s", refused[-1])
+    async with AsyncExitStack() as stack:
+        while True:
+            attempt = here.load.choose(uid, excluded=frozenset(excluded))
+            try:
+                choice = await stack.enter_async_context(attempt)
+            except PeerError:
+                if refused:
+                    raise refused[-1] from None
+                raise
+            try:
+                async with asyncio.timeout(REACH_SECONDS):
+                    await here.peers.control(choice.host).hello()
+                break
+            except (MigrateError, TimeoutError) as error:
+                log.info("host %s: cannot be reached (%s)", choice.host.name, error)
+                excluded.add(choice.host.name)
+        yield choice

@@ -9,8 +9,12 @@ from typing import TypeVar
 
 from agent import peer_messages
 from agent.agents import Agent, Agents, OnEnd, OnPacket
+from agent.eviction import evict_guests
 from agent.journal import Journal
 from agent.link import EndGuest
+from agent.load_host import count_guests
+from agent.load_report import Guests
+from agent.load_service import LoadService
 from agent.peers import Peers
 from criu_hooks.proc import boot_id
 from migrate.config import Config, Host, load_config
@@ -47,12 +51,19 @@ class ThisHost:
         self.journal = Journal()
         self.boot_id = boot_id()
         self.agents = Agents(on_packet, on_end)
+        self.load = LoadService(
+            lambda: self.config,
+            peers,
+            self.load_guests,
+            lambda uid, reason: evict_guests(self, uid, reason),
+        )
         self._tasks: set[asyncio.Task[None]] = set()
 
     def close(self) -> None:
         """End all tasks; agents run on."""
         for task in self._tasks:
             task.cancel()
+        self.load.close()
         self.agents.close()
         self.journal.close()
 
@@ -64,6 +75,7 @@ class ThisHost:
             log.error("configuration not reloaded: %s", error)
         else:
             log.info("configuration reloaded, %d hosts", len(self.config.hosts))
+            self.load.configure()
 
     @property
     def name(self) -> str:
@@ -117,6 +129,17 @@ class ThisHost:
         keeper = self.agents.find("keeper", guest)
         mine = keeper is not None and keeper.offer is not None and keeper.offer.home == home
         return keeper if mine else None
+
+    def load_guests(self) -> Guests:
+        """The guests of other hosts that run here, or are about to."""
+        offers = [agent.offer for agent in self.agents.all() if agent.role == "keeper"]
+        return count_guests(
+            [
+                (offer.owner.uid, offer.owner.name, offer.home, offer.priority)
+                for offer in offers
+                if offer is not None and offer.home != self.name
+            ]
+        )
 
     def end_guest(self, guest: str, reason: str) -> None:
         """Kill a guest that runs here."""

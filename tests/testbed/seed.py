@@ -92,7 +92,13 @@ def _make_key(path: Path) -> None:
 
 
 def _product_config(node: Node, nodes: list[Node]) -> str:
-    lines = [f'name = "{node.name}"', ""]
+    # The nodes share one machine, whose load is not theirs.
+    lines = [
+        f'name = "{node.name}"',
+        "load_accept = [500, 500, 500]",
+        "load_stop = [999, 999, 999]",
+        "",
+    ]
     for host in nodes:
         lines += ["[[host]]", f'name = "{host.name}"', f"id = {host.number}"]
         lines += [f'address = "{host.address}"', ""]
