@@ -10,17 +10,20 @@ import pwd
 import secrets
 import socket
 
+import msgspec
+
 from agent.command_server import Client
 from agent.handover import handover
 from agent.link import Offer, Owner, StartCommand, TreeIds
 from agent.peers import AnswerLost
-from agent.selection import choose_host
+from agent.selection import choose
 from agent.this_host import ThisHost
 from agent.viewed import view_around
 from criu_hooks.proc import ProcDir, Stat, parse_stat, parse_status
 from migrate import messages
 from migrate.config import Config, Host
 from migrate.errors import MigrateError, PeerError, UserError
+from migrate.mig_messages import Priority
 
 log = logging.getLogger(__name__)
 
@@ -40,18 +43,23 @@ async def run_command(here: ThisHost, request: messages.RunCommand, client: Clie
             return
         await _begin_there(here, named, request, client)
         return
-    refused: set[str] = set()
+    refused: list[PeerError] = []
+    excluded: set[str] = set()
     while True:
-        host = await choose_host(config, here.peers, frozenset(refused))
-        try:
-            await _begin(here, host, request, client)
+        async with choose(here, client.uid, excluded, refused, _priority(request)) as choice:
+            try:
+                await _begin(here, choice.host, request, client, chosen=True)
+            except PeerError as error:
+                # A refused offer is the next host's chance.
+                refused.append(error)
+                excluded.add(choice.host.name)
+                continue
+            choice.keep()
             return
-        except PeerError as error:
-            # A refused offer is the next host's chance.
-            log.info("%s", error)
-            refused.add(host.name)
-            if len(refused) >= len(config.peers):
-                raise
+
+
+def _priority(request: messages.RunCommand) -> Priority:
+    return Priority.LOW if request.low else Priority.NORMAL
 
 
 def _named_host(config: Config, request: messages.RunCommand) -> Host | None:
@@ -77,8 +85,16 @@ async def _begin_there(
         await _begin(here, host, request, client)
 
 
-async def _begin(here: ThisHost, host: Host, request: messages.RunCommand, client: Client) -> None:
+async def _begin(
+    here: ThisHost,
+    host: Host,
+    request: messages.RunCommand,
+    client: Client,
+    *,
+    chosen: bool = False,
+) -> None:
     offer, stat = _make_offer(here, request, client)
+    offer = msgspec.structs.replace(offer, chosen=chosen)
     async with handover(here, offer, host, ("lifeline",)) as accepted:
         _tell(client, messages.Progress(f"{host.name} has accepted"))
         start = StartCommand(offer, host.name, accepted.boot_id, stat.starttime_ticks, request.low)
@@ -129,6 +145,7 @@ def _make_offer(here: ThisHost, request: messages.RunCommand, client: Client) ->
         cut_freeze_seconds=here.config.cut_freeze_seconds,
         home_boot_id=here.boot_id,
         is_command=True,
+        priority=_priority(request),
     ), stat
 
 

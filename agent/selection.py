@@ -12,6 +12,7 @@ from agent.this_host import ThisHost
 from migrate.config import Config, Host
 from migrate.errors import MigrateError, PeerError, UserError
 from migrate.messages import Move
+from migrate.mig_messages import Priority
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +38,11 @@ def named_host(config: Config, request: Move, where_now: str) -> Host | None:
 
 @asynccontextmanager
 async def choose(
-    here: ThisHost, uid: int, excluded: set[str], refused: list[PeerError]
+    here: ThisHost,
+    uid: int,
+    excluded: set[str],
+    refused: list[PeerError],
+    priority: Priority = Priority.NORMAL,
 ) -> AsyncIterator[Choice]:
     """An idle host that can be reached, in use until the block ends, or for as long as the guest.
 
@@ -49,7 +54,7 @@ async def choose(
         log.info("%s", refused[-1])
     async with AsyncExitStack() as stack:
         while True:
-            attempt = here.load.choose(uid, excluded=frozenset(excluded))
+            attempt = here.load.choose(uid, priority, frozenset(excluded))
             try:
                 choice = await stack.enter_async_context(attempt)
             except PeerError:
