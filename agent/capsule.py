@@ -10,17 +10,16 @@ import contextlib
 import os
 import signal
 import socket
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from agent import syscalls
+from agent.capsule_root import SHM_OPTIONS, RootPlan, lay
 from agent.reactor import READ, Reactor
 from agent.syscalls import (
     CLONE_NEWIPC,
     CLONE_NEWNS,
     CLONE_NEWUTS,
-    MS_BIND,
     MS_NODEV,
     MS_NOEXEC,
     MS_NOSUID,
@@ -30,7 +29,6 @@ from agent.syscalls import (
 from agent.waiting import wait_for
 from migrate.errors import HostError
 
-SHM_OPTIONS = "mode=1777"
 BUILD_SECONDS = 20.0
 
 
@@ -56,21 +54,19 @@ class Capsule:
             os.close(fd)
 
 
-def build(
-    reactor: Reactor, hostname: str, view: Path | None, directories: Iterable[str]
-) -> Capsule:
+def build(reactor: Reactor, hostname: str, plan: RootPlan | None, new_root: Path) -> Capsule:
     """Make a capsule; the caller lives in the new pid namespace already.
 
     :param reactor: goes on turning meanwhile.
-    :param view: where home's root directory is mounted; None at home itself.
-    :param directories: absolute paths that come from home.
+    :param plan: what comes from home; None at home itself.
+    :param new_root: an empty directory to build the capsule's root on.
     :raises HostError: with the step that failed.
     """
     ours, theirs = socket.socketpair()
     with ours, theirs:
         pid = os.fork()
         if pid == 0:
-            _inside(theirs, hostname, view, directories)
+            _inside(theirs, hostname, plan, new_root)
         theirs.close()
         try:
             # The view that is mounted there is served by this very process.
@@ -85,9 +81,7 @@ def build(
             os.waitpid(pid, 0)
 
 
-def _inside(
-    report: socket.socket, hostname: str, view: Path | None, directories: Iterable[str]
-) -> None:
+def _inside(report: socket.socket, hostname: str, plan: RootPlan | None, new_root: Path) -> None:
     """The builder: a child that sets everything up, hands over handles, and ends."""
     status = 1
     step = "namespaces"
@@ -97,23 +91,28 @@ def _inside(
         syscalls.mount("", Path("/"), flags=MS_REC | MS_SLAVE)
         step = f"host name {hostname}"
         socket.sethostname(hostname)
-        step = "/proc"
-        syscalls.mount("proc", Path("/proc"), "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC)
-        step = "/dev/shm"
-        if Path("/dev/shm").is_dir():
-            syscalls.mount("tmpfs", Path("/dev/shm"), "tmpfs", MS_NOSUID | MS_NODEV, SHM_OPTIONS)
-        if view is not None:
-            for directory in directories:
-                step = f"home's {directory}"
-                source = view / directory.lstrip("/")
-                syscalls.mount(str(source), Path(directory), flags=MS_BIND)
+        if plan is None:
+            step = "/proc"
+            syscalls.mount("proc", Path("/proc"), "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC)
+            step = "/dev/shm"
+            if Path("/dev/shm").is_dir():
+                syscalls.mount(
+                    "tmpfs", Path("/dev/shm"), "tmpfs", MS_NOSUID | MS_NODEV, SHM_OPTIONS
+                )
+        else:
+            step = "root directory"
+            lay(plan, new_root)
         names = ("/proc/self/ns/mnt", "/proc/self/ns/uts", "/proc/self/ns/ipc")
         fds = [os.open(name, os.O_RDONLY | os.O_CLOEXEC) for name in names]
         fds.append(os.open("/proc", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
         socket.send_fds(report, [b"fds"], fds)
         status = 0
-    except OSError as error:
+    except HostError as error:
         with contextlib.suppress(OSError):
-            report.send(f"{step}: {error.strerror}".encode())
+            report.send(str(error).encode())
+    except OSError as error:
+        what = f"{step}: {error.filename}" if error.filename else step
+        with contextlib.suppress(OSError):
+            report.send(f"{what}: {error.strerror}".encode())
     finally:
         os._exit(status)

@@ -14,11 +14,12 @@ import msgspec
 
 from agent.command_server import Client
 from agent.handover import handover
+from agent.home_paths import Used, system_files, view_directories
 from agent.link import Offer, Owner, StartCommand, TreeIds
 from agent.peers import AnswerLost
+from agent.programs import programs_here
 from agent.selection import choose
 from agent.this_host import ThisHost
-from agent.viewed import view_around
 from criu_hooks.proc import ProcDir, Stat, parse_stat, parse_status
 from migrate import messages
 from migrate.config import Config, Host
@@ -93,7 +94,7 @@ async def _begin(
     *,
     chosen: bool = False,
 ) -> None:
-    offer, stat = _make_offer(here, request, client)
+    offer, stat = await asyncio.to_thread(_make_offer, here, request, client)
     offer = msgspec.structs.replace(offer, chosen=chosen)
     async with handover(here, offer, host, ("lifeline",)) as accepted:
         _tell(client, messages.Progress(f"{host.name} has accepted"))
@@ -126,12 +127,15 @@ def _make_offer(here: ThisHost, request: messages.RunCommand, client: Client) ->
         name = pwd.getpwuid(uid).pw_name
     except KeyError:
         raise UserError(f"uid {uid}", "has no account on this host") from None
+    owner = Owner(name, uid, credentials.gids.real, tuple(credentials.groups))
+    used = [Used.by_process(client.pid, cwd)]
+    view = view_directories(used, owner, here.config.shared_paths)
     return Offer(
         transaction=secrets.token_hex(6),
         guest=f"{client.pid}-{secrets.token_hex(6)}",
         home=here.name,
         source=here.name,
-        owner=Owner(name, uid, credentials.gids.real, tuple(credentials.groups)),
+        owner=owner,
         ids=TreeIds(client.pid, stat.ppid, stat.pgid, stat.sid),
         epoch=1,
         memory_bytes=0,
@@ -139,13 +143,15 @@ def _make_offer(here: ThisHost, request: messages.RunCommand, client: Client) ->
         cpu_features=(),
         criu_version=here.criu_version,
         hostname=os.uname().nodename,
-        view=view_around([cwd], here.config.shared_paths),
+        view=view,
         command=request.title,
         freeze_limit_seconds=here.config.freeze_limit_seconds,
         cut_freeze_seconds=here.config.cut_freeze_seconds,
         home_boot_id=here.boot_id,
         is_command=True,
         priority=_priority(request),
+        programs=programs_here(),
+        files=system_files(used, view),
     ), stat
 
 

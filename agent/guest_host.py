@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import select
 import shutil
 import signal
 import socket
@@ -20,6 +19,7 @@ from agent.cgroups import Cgroup, guest_path
 from agent.command_start import CommandStart, NotExecuted
 from agent.departure import Departure, InDoubt, Outcome, failure_words
 from agent.endpoints import Duplex, FdSource, MeteredSink
+from agent.home_share import plan_root
 from agent.home_view import HomeView
 from agent.journal import Entry, Journal, Side, State
 from agent.lifeline import CONTROL, Lifeline
@@ -39,19 +39,19 @@ from agent.link import (
     Verdict,
     in_doubt,
 )
+from agent.programs import programs_here
 from agent.reactor import READ, Reactor
 from agent.view_server import VIEW_WINDOW
 from agent.waiting import wait_until
 from agent.wire import ProtocolError, Receiver, Stream
 from criu_hooks.calls import CriuCall
-from migrate.errors import HostError, MigrateError, PeerError
+from migrate.errors import MigrateError, PeerError
 from migrate.framing import MALFORMED
 from migrate.messages import decode_command
 
 log = logging.getLogger(__name__)
 
 ATTACH_SECONDS = 20.0
-VIEW_SECONDS = 20.0
 END_POLL_SECONDS = 0.005
 """Between looks whether the last output has arrived at home."""
 FAREWELL_SECONDS = 60.0
@@ -142,13 +142,7 @@ class GuestHost:
         ):
             raise PeerError(f"host {self._offer.source}", "did not connect in time")
         assert self._bulk is not None
-        self._await_view()
-        self._capsule = capsule.build(
-            self._reactor,
-            self._offer.hostname,
-            self._view.mountpoint if self._view else None,
-            self._offer.view,
-        )
+        self._capsule = self._build_capsule()
         arrival = Arrival(
             self._reactor, self._journal, self._offer, self._bulk, self._capsule, self._images
         )
@@ -168,20 +162,15 @@ class GuestHost:
             path.unlink()
         self._reap()
 
+    def _build_capsule(self) -> capsule.Capsule:
+        plan = None
+        if self._view is not None:
+            plan = plan_root(self._offer, programs_here(), self._view.mountpoint)
+        root = self._images.with_name("root")
+        return capsule.build(self._reactor, self._offer.hostname, plan, root)
+
     def _lifeline_up(self) -> bool:
         return self._lifeline is not None and self._lifeline.up
-
-    def _await_view(self) -> None:
-        view = self._view
-        if view is None:
-            return
-        with open("/proc/self/mountinfo") as mountinfo:
-            self._reactor.register(mountinfo.fileno(), select.EPOLLPRI, lambda _: None)
-            try:
-                if not wait_until(self._reactor, view.mounted, VIEW_SECONDS):
-                    raise HostError("home view", "could not be mounted in time")
-            finally:
-                self._reactor.unregister(mountinfo.fileno())
 
     def _open_streams(self, arrived: Arrived) -> None:
         """Before the commit: from then on home may send.
@@ -266,13 +255,7 @@ class GuestHost:
         if not wait_until(self._reactor, self._lifeline_up, ATTACH_SECONDS):
             raise PeerError(f"host {self._offer.source}", "did not connect in time")
         assert self._lifeline is not None
-        self._await_view()
-        self._capsule = capsule.build(
-            self._reactor,
-            self._offer.hostname,
-            self._view.mountpoint if self._view else None,
-            self._offer.view,
-        )
+        self._capsule = self._build_capsule()
         self._to_guard(guestwords.Prepared())
         receiver = self._lifeline.open(guestwords.COMMAND_STREAM).receiver
         ready = wait_until(

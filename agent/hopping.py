@@ -10,6 +10,7 @@ import msgspec
 from agent import peer_messages
 from agent.guest_lines import connect_next
 from agent.handover import Tell, handover, tell_nobody
+from agent.home_paths import system_files, used_by
 from agent.hosting import cpu_features
 from agent.inspection import inspect_guest
 from agent.journal import Entry
@@ -112,6 +113,7 @@ async def hop(
         cpu_features=cpu_features(),
         is_command=False,
         chosen=chosen,
+        files=await asyncio.to_thread(system_files, used_by(tree), keeper.offer.view),
     )
     async with handover(here, offer, host, ("bulk",)) as accepted:
         await _have_home_connect(here, offer, host)

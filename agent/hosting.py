@@ -9,9 +9,13 @@ from pathlib import Path
 
 import psutil
 
+from agent.home_paths import KERNEL_DIRECTORIES, below
 from agent.link import Offer, Owner
+from migrate import paths
 from migrate.config import Config
 from migrate.errors import PeerError
+
+HOST_ONLY = (*KERNEL_DIRECTORIES, str(paths.RUN_DIR))
 
 
 def cpu_features() -> tuple[str, ...]:
@@ -68,14 +72,17 @@ def judge(offer: Offer, peer: str, config: Config, criu_version: str) -> None:
             "choose another host",
         )
     _judge_owner(offer.owner, here)
-    for directory in offer.view:
-        path = Path(directory)
-        if not path.is_absolute() or ".." in path.parts:
-            raise PeerError(here, f"{directory!r} is no absolute path")
-        if offer.home != config.name and not path.is_dir():
-            raise PeerError(
-                here, f"has no directory {directory}", f"create it there: mkdir {directory}"
-            )
+    for path in (*offer.view, *(file.path for file in offer.files)):
+        _judge_path(path, here)
+
+
+def _judge_path(path: str, here: str) -> None:
+    """What comes from home is laid over this host's files: not over those that a capsule needs."""
+    parts = path.split("/")
+    if parts[0] or len(parts) < 2 or not all(parts[1:]) or {".", ".."} & set(parts):
+        raise PeerError(here, f"{path!r} is no absolute path")
+    if any(below(path, (own,)) or below(own, (path,)) for own in HOST_ONLY):
+        raise PeerError(here, f"{path} never comes from home")
 
 
 def _judge_owner(owner: Owner, here: str) -> None:

@@ -7,9 +7,9 @@ import dataclasses
 from pathlib import Path
 
 from agent.cgroups import Cgroup, guest_path
+from agent.home_paths import below, in_view
 from agent.link import Offer
 from agent.this_host import guest_gone
-from agent.viewed import in_view
 from criu_hooks.fds import FileKind
 from criu_hooks.namespaces import Namespaces
 from criu_hooks.obstacles import Obstacle, file_subject
@@ -24,7 +24,7 @@ def inspect_process(pid: int, caller_uid: int, caller_pid: int, config: Config) 
         pid,
         caller_uid,
         caller_pid=caller_pid,
-        in_view=lambda path: in_view(path, config.shared_paths),
+        in_view=lambda path: in_view(path, config.shared_paths, caller_uid),
         ghost_limit_bytes=config.ghost_limit_bytes,
         link_remap=True,
     )
@@ -55,7 +55,7 @@ def inspect_guest(offer: Offer, config: Config) -> ProcessTree:
         tree,
         offer.owner.uid,
         expected_namespaces=Namespaces.of(pid),
-        in_view=lambda path: in_view(path, config.shared_paths),
+        in_view=lambda path: below(path, offer.view),
         ghost_limit_bytes=config.ghost_limit_bytes,
         link_remap=True,
     )

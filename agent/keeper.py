@@ -47,11 +47,12 @@ def serve(offer: Offer, link: Link, local: bool) -> None:
         cgroup.create()
         cgroup.add(os.getpid())
         images.mkdir(mode=0o700)
+        (directory / "root").mkdir(mode=0o700)
         size = offer.memory_bytes + offer.memory_bytes // 4 + (64 << 20)
         flags = MS_NOSUID | MS_NODEV | MS_NOEXEC
         syscalls.mount("tmpfs", images, "tmpfs", flags, f"mode=0700,size={size}")
         if not local:
-            view = HomeView(directory / "view")
+            view = HomeView(directory / "view", offer.owner)
         # The worker is made out here: inside it would take a pid that the guest may need.
         worker = contextlib.nullcontext() if offer.is_command else CriuCall()
         with worker as call, listen(directory / "keeper.sock") as server:

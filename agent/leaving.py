@@ -11,12 +11,13 @@ import secrets
 import msgspec
 
 from agent.handover import Tell, handover
+from agent.home_paths import system_files, used_by, view_directories
 from agent.hosting import cpu_features
 from agent.link import Departed, Offer, Owner, StartDeparture, TreeIds
 from agent.peers import AnswerLost
+from agent.programs import programs_here
 from agent.selection import choose, named_host
 from agent.this_host import ThisHost
-from agent.viewed import view_of
 from criu_hooks.tree import ProcessTree
 from migrate import messages
 from migrate.config import Host
@@ -68,7 +69,8 @@ async def _leave_for(here: ThisHost, tree: ProcessTree, host: Host, tell: Tell) 
 async def _depart(
     here: ThisHost, tree: ProcessTree, host: Host, tell: Tell, *, chosen: bool = False
 ) -> Departed:
-    offer = msgspec.structs.replace(make_offer(here, tree), chosen=chosen)
+    offer = await asyncio.to_thread(make_offer, here, tree)
+    offer = msgspec.structs.replace(offer, chosen=chosen)
     async with handover(here, offer, host, ("bulk", "lifeline")) as accepted:
         order = StartDeparture(
             offer=offer,
@@ -83,7 +85,10 @@ async def _depart(
 
 
 def make_offer(here: ThisHost, tree: ProcessTree) -> Offer:
-    """What a destination is told of a tree of this host. Raises UserError: its owner has no account."""
+    """What a destination is told of a tree of this host. Not for the loop: it looks at many files.
+
+    :raises UserError: its owner has no account.
+    """
     root = tree.root
     credentials = root.credentials
     uid = credentials.uids.real
@@ -91,12 +96,15 @@ def make_offer(here: ThisHost, tree: ProcessTree) -> Offer:
         name = pwd.getpwuid(uid).pw_name
     except KeyError:
         raise UserError(f"uid {uid}", "has no account on this host") from None
+    owner = Owner(name, uid, credentials.gids.real, tuple(credentials.groups))
+    used = used_by(tree)
+    view = view_directories(used, owner, here.config.shared_paths)
     return Offer(
         transaction=secrets.token_hex(6),
         guest=f"{root.pid}-{secrets.token_hex(6)}",
         home=here.name,
         source=here.name,
-        owner=Owner(name, uid, credentials.gids.real, tuple(credentials.groups)),
+        owner=owner,
         ids=TreeIds(root.pid, root.ppid, root.pgid, root.sid),
         epoch=1,
         memory_bytes=sum(p.status.dump_bytes for p in tree.members),
@@ -104,9 +112,11 @@ def make_offer(here: ThisHost, tree: ProcessTree) -> Offer:
         cpu_features=cpu_features(),
         criu_version=here.criu_version,
         hostname=os.uname().nodename,
-        view=view_of(tree, here.config.shared_paths),
+        view=view,
         command=" ".join(root.private.cmdline)[:200],
         freeze_limit_seconds=here.config.freeze_limit_seconds,
         cut_freeze_seconds=here.config.cut_freeze_seconds,
         home_boot_id=here.boot_id,
+        programs=programs_here(),
+        files=system_files(used, view),
     )

@@ -42,6 +42,22 @@ class Owner(msgspec.Struct, frozen=True):
     groups: tuple[int, ...]
 
 
+class Programs(msgspec.Struct, frozen=True):
+    """What programs a host has (agent/programs.py). An empty identity equals none, not even another."""
+
+    packages: Name = ""
+    local_trees: tuple[Name, ...] = ()
+
+
+class SystemFile(msgspec.Struct, frozen=True, array_like=True):
+    """A file outside of the home view that the tree uses."""
+
+    path: str
+    size: int
+    """in bytes; -1: it is a directory"""
+    mtime_seconds: int
+
+
 class Offer(msgspec.Struct, frozen=True):
     """What a source tells a destination before anything freezes; and the keeper's instructions."""
 
@@ -71,6 +87,10 @@ class Offer(msgspec.Struct, frozen=True):
     """as migrate.mig_messages.Priority"""
     chosen: bool = False
     """the load database chose the destination: nobody named it"""
+    programs: Programs = Programs()
+    """home's"""
+    files: tuple[SystemFile, ...] = ()
+    """outside of the view: from home where the destination has them otherwise"""
 
 
 class StartDeparture(msgspec.Struct, frozen=True, tag="depart"):

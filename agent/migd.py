@@ -17,7 +17,7 @@ from agent.clients import ClientServer
 from agent.command_server import CommandServer
 from agent.load_clients import LoadClients
 from agent.peers import Patience, Peers, PeerServer, own_hello
-from criu_hooks.calls import criu_path
+from criu_hooks.program import criu_path
 from migrate import paths
 from migrate.config import Config, load_config
 from migrate.errors import HostError, MigrateError

@@ -64,6 +64,9 @@ MS_SHARED = 1 << 20
 MNT_FORCE = 1
 MNT_DETACH = 2
 UMOUNT_NOFOLLOW = 8
+MOUNT_ATTR_NOSUID = 2
+_AT_FDCWD = -100
+_AT_RECURSIVE = 0x8000
 
 PR_SET_PDEATHSIG = 1
 PR_SET_DUMPABLE = 4
@@ -97,6 +100,7 @@ class _Numbers:
     ioprio_set: int
     clone3: int = 435
     pidfd_getfd: int = 438
+    mount_setattr: int = 442
 
 
 _NUMBERS = {
@@ -319,6 +323,26 @@ def umount(target: Path, flags: int = 0) -> None:
         _checked(_libc.umount2(os.fsencode(target), flags), "umount2")
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(target)) from None
+
+
+def mount_setattr(target: Path, attributes: int) -> None:
+    """mount_setattr(2), Linux 5.12: set MOUNT_ATTR_* on a mount and all below it."""
+    path = ctypes.create_string_buffer(os.fsencode(target))
+    wanted = (ctypes.c_uint64 * 4)(attributes, 0, 0, 0)
+    _syscall(
+        "mount_setattr",
+        _numbers().mount_setattr,
+        _AT_FDCWD,
+        ctypes.addressof(path),
+        _AT_RECURSIVE,
+        ctypes.addressof(wanted),
+        ctypes.sizeof(wanted),
+    )
+
+
+def pivot_root(new: str, old: str) -> None:
+    """pivot_root(2)."""
+    _checked(_libc.pivot_root(os.fsencode(new), os.fsencode(old)), "pivot_root")
 
 
 def prctl(option: int, argument: int = 0) -> int:

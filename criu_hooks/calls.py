@@ -20,9 +20,9 @@ from typing import Self
 
 import msgspec
 
-from migrate.errors import CriuError, HostError
+from criu_hooks.program import exec_swrk
+from migrate.errors import CriuError
 
-CRIU_PATHS = ("/usr/sbin/criu", "/usr/local/sbin/criu")
 MAX_MESSAGE = 1 << 16
 READY = "worker-ready"
 """The script name of the first Notify: the worker has started. It waits for no answer."""
@@ -102,14 +102,6 @@ _encode = msgspec.msgpack.Encoder().encode
 _decode_event: Callable[[bytes], Event] = msgspec.msgpack.Decoder(Event).decode
 
 
-def criu_path() -> str:
-    """Full path of the criu binary (swrk refuses a bare name). Raises HostError: there is none."""
-    for path in CRIU_PATHS:
-        if os.access(path, os.X_OK):
-            return path
-    raise HostError("criu", "is not installed", "install Debian's criu, 4.2 or newer")
-
-
 def spawn_swrk(
     rpc: socket.socket,
     keep_fds: Sequence[int],
@@ -123,7 +115,6 @@ def spawn_swrk(
     :param prepare: runs in the child before exec (enter namespaces, take identities). What it
         raises ends the child with status 127; the caller sees the closed RPC socket.
     """
-    path = criu_path()
     pid = fork()
     if pid:
         return pid
@@ -131,7 +122,7 @@ def spawn_swrk(
         prepare()
         for fd in (*keep_fds, rpc.fileno()):
             os.set_inheritable(fd, True)
-        os.execv(path, ["criu", "swrk", str(rpc.fileno())])
+        exec_swrk(rpc.fileno())
     except BaseException as error:
         os.write(2, f"criu could not be started: {error}\n".encode())
     os._exit(127)

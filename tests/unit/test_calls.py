@@ -10,8 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from criu_hooks import calls
-from criu_hooks.calls import CriuCall, Done, FeatureRequest, Notify, criu_path, spawn_swrk
+from criu_hooks import calls, program
+from criu_hooks.calls import CriuCall, Done, FeatureRequest, Notify, spawn_swrk
+from criu_hooks.program import criu_path
 from migrate.errors import CriuError, HostError
 
 LONG = 30.0
@@ -151,7 +152,7 @@ def test_a_request_needs_a_criu(play: Play) -> None:
 
 
 def test_a_host_without_criu_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calls, "CRIU_PATHS", ("/no/such/criu", "/proc/self/status"))
+    monkeypatch.setattr(program, "CRIU_PATHS", ("/no/such/criu", "/proc/self/status"))
     with pytest.raises(HostError, match="criu: is not installed; install Debian's criu"):
         criu_path()
 
@@ -167,7 +168,7 @@ def criu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
         "rpc.send(f'{sys.argv[1]} {sorted(os.listdir(\"/proc/self/fd\"))}'.encode())\n"
     )
     path.chmod(0o700)
-    monkeypatch.setattr(calls, "CRIU_PATHS", ("/no/such/criu", str(path)))
+    monkeypatch.setattr(program, "CRIU_PATHS", ("/no/such/criu", str(path)))
     return path
 
 

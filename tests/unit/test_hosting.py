@@ -11,7 +11,7 @@ import pytest
 
 from agent import hosting
 from agent.hosting import cpu_features, free_memory_bytes, judge
-from agent.link import Offer, Owner, TreeIds
+from agent.link import Offer, Owner, SystemFile, TreeIds
 from migrate.config import Config, Host
 from migrate.errors import PeerError
 
@@ -126,11 +126,15 @@ def owned(**changes: object) -> Owner:
         ({"view": ("home/alice",)}, "host node2: 'home/alice' is no absolute path"),
         ({"view": ("",)}, "host node2: '' is no absolute path"),
         ({"view": ("/home/../etc",)}, "host node2: '/home/../etc' is no absolute path"),
+        ({"view": ("/home//etc",)}, "host node2: '/home//etc' is no absolute path"),
+        ({"view": ("/",)}, "host node2: '/' is no absolute path"),
+        ({"view": ("/proc/self",)}, "host node2: /proc/self never comes from home"),
+        ({"view": ("/run",)}, "host node2: /run never comes from home"),
+        ({"view": ("/run/migrate/criu",)}, "host node2: /run/migrate/criu never comes from home"),
         (
-            {"view": ("/no/such/place",)},
-            "host node2: has no directory /no/such/place; create it there: mkdir /no/such/place",
+            {"files": (SystemFile("/dev/mem", 0, 0),)},
+            "host node2: /dev/mem never comes from home",
         ),
-        ({"view": ("/proc/self/status",)}, "host node2: has no directory /proc/self/status"),
     ],
 )
 def test_each_thing_in_the_way_is_named(
