@@ -45,7 +45,7 @@ from agent.view_server import VIEW_WINDOW
 from agent.waiting import wait_until
 from agent.wire import ProtocolError, Receiver, Stream
 from criu_hooks.calls import CriuCall
-from migrate.errors import MigrateError, PeerError
+from migrate.errors import HostError, MigrateError, PeerError
 from migrate.framing import MALFORMED
 from migrate.messages import decode_command
 
