@@ -30,14 +30,17 @@ for number, line in enumerate(sys.stdin):
 """
 
 LOGGER = """\
-'''Appends "argv[1] NUMBER" to the file `log`, every 2 ms until the file `enough` is here.'''
+'''Appends "argv[1] NUMBER" to the file `log`, every 2 ms until the file `enough` is here.
+
+Lines are 16 bytes long, so none lies across two pages: FUSE may write such a one in two steps.
+'''
 import os, sys, time
 
 log = os.open("log", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
 number = 0
 while not os.path.exists("enough"):
     number += 1
-    os.write(log, f"{sys.argv[1]} {number}\\n".encode())
+    os.write(log, f"{sys.argv[1]} {number}".ljust(15).encode() + b"\\n")
     time.sleep(0.002)
 """
 
