@@ -22,6 +22,7 @@ from agent.settling import Settling
 from agent.this_host import ThisHost
 from criu_hooks.proc import pid_starttime
 from migrate import messages
+from migrate.command_wire import Request
 from migrate.config import Config
 from migrate.errors import MigrateError, UserError
 
@@ -73,7 +74,7 @@ class Broker:
         finally:
             self._moving.discard(pid)
 
-    async def run_command(self, request: messages.RunCommand, client: Client) -> None:
+    async def run_command(self, request: Request, client: Client) -> None:
         """Have a command run elsewhere for a client of this host. Raises MigrateError."""
         await run_command(self._here, request, client)
 

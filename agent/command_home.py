@@ -24,12 +24,10 @@ from agent.link import StartCommand
 from agent.reactor import READ, Reactor
 from agent.waiting import wait_until
 from criu_hooks.proc import ProcDir, parse_stat, parse_status
-from migrate import messages
+from migrate.command_wire import MAX_COMMAND_BYTES, Reply
 from migrate.errors import HostError, MigrateError, PeerError, UserError
 
 PREPARE_SECONDS = 40.0
-MAX_COMMAND_BYTES = 8 << 20
-"""The kernel takes no more than 6 MiB of arguments and environment."""
 LINE_BYTES = 512
 _MEMORY_MAJOR = 1
 _DEVICES = {3: "/dev/null", 5: "/dev/zero", 7: "/dev/full", 8: "/dev/random", 9: "/dev/urandom"}
@@ -123,10 +121,10 @@ class CommandHome:
                 low=self._start.low,
             )
         journal.record(dataclasses.replace(entry, state=State.RESUMED))
-        starting = messages.Starting(self._start.destination, str(deputy_socket), str(program))
+        starting = Reply("starting", self._start.destination, str(deputy_socket), str(program))
         signal_fd = syscalls.signalfd(syscalls.ALL_SIGNALS)
         try:
-            socket.send_fds(self._client, [messages.encode(starting)], [signal_fd])
+            socket.send_fds(self._client, [starting.encode()], [signal_fd])
         finally:
             os.close(signal_fd)
         self._let_client_go()
@@ -135,12 +133,11 @@ class CommandHome:
 
     def refuse(self, error: MigrateError) -> None:
         """Tell the client that nothing was run."""
-        obstacle = messages.Obstacle(error.what, error.reason, error.remedy)
-        self._tell(messages.Refused((obstacle,)))
+        self._tell(Reply.refused(error))
 
     def progress(self, step: str) -> None:
         """Tell the client how far it is."""
-        self._tell(messages.Progress(step))
+        self._tell(Reply("progress", step))
 
     def complain(self, text: str) -> None:
         """One line on the command's stderr; nothing if that takes none now."""
@@ -162,9 +159,9 @@ class CommandHome:
 
     # ------------------------------------------------------------------ inside
 
-    def _tell(self, reply: messages.Refused | messages.Progress) -> None:
+    def _tell(self, reply: Reply) -> None:
         with contextlib.suppress(OSError):
-            self._client.send(messages.encode(reply), socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
+            self._client.send(reply.encode(), socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
 
     def _client_stirs(self, events: int) -> None:
         """It says nothing any more: so this is its end."""

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import pwd
 import secrets
-import socket
 
 import msgspec
 
-from agent.command_server import Client
+from agent.command_server import Client, reply
 from agent.handover import handover
 from agent.home_paths import Used, system_files, view_directories
 from agent.link import Offer, Owner, StartCommand, TreeIds
@@ -21,7 +19,7 @@ from agent.programs import programs_here
 from agent.selection import choose
 from agent.this_host import ThisHost
 from criu_hooks.proc import ProcDir, Stat, parse_stat, parse_status
-from migrate import messages
+from migrate.command_wire import Reply, Request
 from migrate.config import Config, Host
 from migrate.errors import MigrateError, PeerError, UserError
 from migrate.mig_messages import Priority
@@ -31,7 +29,7 @@ log = logging.getLogger(__name__)
 SECOND_CHANCE_SECONDS = 3.0
 
 
-async def run_command(here: ThisHost, request: messages.RunCommand, client: Client) -> None:
+async def run_command(here: ThisHost, request: Request, client: Client) -> None:
     """Find a host and hand the client to a guard.
 
     :raises MigrateError: nothing was begun.
@@ -40,7 +38,7 @@ async def run_command(here: ThisHost, request: messages.RunCommand, client: Clie
     named = _named_host(config, request)
     if named is not None:
         if named.name == config.name:
-            _tell(client, messages.Here(named.name))
+            reply(client.socket, Reply("here", named.name))
             return
         await _begin_there(here, named, request, client)
         return
@@ -59,19 +57,17 @@ async def run_command(here: ThisHost, request: messages.RunCommand, client: Clie
             return
 
 
-def _priority(request: messages.RunCommand) -> Priority:
+def _priority(request: Request) -> Priority:
     return Priority.LOW if request.low else Priority.NORMAL
 
 
-def _named_host(config: Config, request: messages.RunCommand) -> Host | None:
+def _named_host(config: Config, request: Request) -> Host | None:
     if request.host:
         return config.host_named(request.host)
     return config.host_with_id(request.host_id) if request.host_id else None
 
 
-async def _begin_there(
-    here: ThisHost, host: Host, request: messages.RunCommand, client: Client
-) -> None:
+async def _begin_there(here: ThisHost, host: Host, request: Request, client: Client) -> None:
     try:
         await _begin(here, host, request, client)
     except AnswerLost as error:
@@ -89,7 +85,7 @@ async def _begin_there(
 async def _begin(
     here: ThisHost,
     host: Host,
-    request: messages.RunCommand,
+    request: Request,
     client: Client,
     *,
     chosen: bool = False,
@@ -97,7 +93,7 @@ async def _begin(
     offer, stat = await asyncio.to_thread(_make_offer, here, request, client)
     offer = msgspec.structs.replace(offer, chosen=chosen)
     async with handover(here, offer, host, ("lifeline",)) as accepted:
-        _tell(client, messages.Progress(f"{host.name} has accepted"))
+        reply(client.socket, Reply("progress", f"{host.name} has accepted"))
         start = StartCommand(offer, host.name, accepted.boot_id, stat.starttime_ticks, request.low)
         guard = here.agents.start("guard", offer.guest, None)
         (lifeline,) = accepted.connections
@@ -106,7 +102,7 @@ async def _begin(
             lifeline.detach()
 
 
-def _make_offer(here: ThisHost, request: messages.RunCommand, client: Client) -> tuple[Offer, Stat]:
+def _make_offer(here: ThisHost, request: Request, client: Client) -> tuple[Offer, Stat]:
     if client.pid == 0:
         raise UserError("migrate", "runs in another pid namespace", "run it on the host itself")
     try:
@@ -153,8 +149,3 @@ def _make_offer(here: ThisHost, request: messages.RunCommand, client: Client) ->
         programs=programs_here(),
         files=system_files(used, view),
     ), stat
-
-
-def _tell(client: Client, reply: messages.Progress | messages.Here) -> None:
-    with contextlib.suppress(OSError):
-        client.socket.send(messages.encode(reply), socket.MSG_NOSIGNAL)

@@ -18,14 +18,13 @@ from pathlib import Path
 
 from agent.fd_passing import close_all, receive_fds
 from agent.repeated import Repeated
-from migrate import messages, paths
+from migrate import paths
+from migrate.command_wire import MAX_REQUEST, Reply, Request
 from migrate.errors import MigrateError, UserError
-from migrate.framing import MALFORMED
 
 log = logging.getLogger(__name__)
 
 _UCRED = struct.Struct("3i")
-MAX_REQUEST = 1 << 12
 DESCRIPTORS = 4
 """the command, stdin, stdout, stderr"""
 BACKLOG = 256
@@ -43,10 +42,10 @@ class Client:
     uid: int
     socket: socket.socket
     fds: tuple[int, ...]
-    """as messages.RunCommand tells"""
+    """as migrate.command_wire tells"""
 
 
-Serve = Callable[[messages.RunCommand, Client], Awaitable[None]]
+Serve = Callable[[Request, Client], Awaitable[None]]
 
 
 class CommandServer:
@@ -106,18 +105,18 @@ class CommandServer:
             data, fds, _ = receive_fds(connection, MAX_REQUEST, DESCRIPTORS)
             if not data:
                 return
-            request = _understand(data)
+            request = Request.decode(data)
             if len(fds) != DESCRIPTORS:
                 raise UserError("request", "lacks its descriptors")
             await self._serve_command(request, Client(pid, uid, connection, tuple(fds)))
         except MigrateError as error:
             self._told.say(logging.INFO, f"uid {uid}", str(error))
-            _refuse(connection, messages.Obstacle(error.what, error.reason, error.remedy))
+            reply(connection, Reply.refused(error))
         except (TimeoutError, OSError):
             log.debug("uid %d: a request broke off", uid)
         except Exception:
             log.exception("a request failed")
-            _refuse(connection, messages.Obstacle("migd", "internal error", "see its log"))
+            reply(connection, Reply("refused", "migd", "internal error", "see its log"))
         finally:
             self._open[uid] -= 1
             if not self._open[uid]:
@@ -126,21 +125,10 @@ class CommandServer:
             connection.close()
 
 
-def _understand(data: bytes) -> messages.RunCommand:
-    try:
-        request = messages.decode_run(data)
-    except MALFORMED as error:
-        raise UserError("request", f"makes no sense to migd ({error})") from None
-    if request.protocol != messages.PROTOCOL:
-        raise UserError(
-            "migrate", "is of another version than migd", "restart migd after an upgrade"
-        )
-    return request
-
-
-def _refuse(connection: socket.socket, obstacle: messages.Obstacle) -> None:
+def reply(connection: socket.socket, answer: Reply) -> None:
+    """Tell a client; it may be gone."""
     with contextlib.suppress(OSError):
-        connection.send(messages.encode(messages.Refused((obstacle,))), socket.MSG_NOSIGNAL)
+        connection.send(answer.encode(), socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
 
 
 async def _readable(connection: socket.socket) -> None:

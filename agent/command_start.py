@@ -26,8 +26,8 @@ from agent.link import Offer, StreamPipe
 from agent.reactor import READ, Reactor
 from agent.session import spawn_in_session
 from agent.waiting import wait_for
+from migrate.command_wire import Command
 from migrate.errors import HostError, MigrateError
-from migrate.messages import Command
 
 EXEC_SECONDS = 60.0
 """The file may have to come from home."""

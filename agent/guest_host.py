@@ -45,9 +45,9 @@ from agent.view_server import VIEW_WINDOW
 from agent.waiting import wait_until
 from agent.wire import ProtocolError, Receiver, Stream
 from criu_hooks.calls import CriuCall
+from migrate.command_wire import MAX_COMMAND_BYTES, Command, WireError
 from migrate.errors import HostError, MigrateError, PeerError
 from migrate.framing import MALFORMED
-from migrate.messages import decode_command
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +57,6 @@ END_POLL_SECONDS = 0.005
 FAREWELL_SECONDS = 60.0
 NOT_STARTED_SECONDS = 5.0
 OWN_FAILURE = 125
-MAX_COMMAND_BYTES = 8 << 20
 
 
 class GuestHost:
@@ -268,8 +267,8 @@ class GuestHost:
         if not ready or self._begin is None:
             raise PeerError(f"host {self._offer.source}", "did not send the command in time")
         try:
-            command = decode_command(self._command)
-        except MALFORMED as error:
+            command = Command.decode(bytes(self._command))
+        except WireError as error:
             raise PeerError(
                 f"host {self._offer.source}", f"its command makes no sense: {error}"
             ) from None

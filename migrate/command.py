@@ -2,60 +2,68 @@
 
 Its descriptors go to migd with the request. Everything else about it (user, groups, limits, working
 directory, …) home's guard asks the kernel, so that nobody can claim what is not so.
+
+As fast as an interpreter starts: see migrate.command_wire for what is imported, and why so little.
 """
 
 from __future__ import annotations
 
-import contextlib
+import _signal  # type: ignore[import-not-found]
+import _socket
 import os
-import signal
-import socket
 import sys
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NoReturn
+from time import monotonic
 
-from migrate import messages, paths
-from migrate.errors import HostError, MigrateError, UserError
-from migrate.framing import MALFORMED
+from migrate.command_wire import MAX_REPLY, RUN_SOCKET, Command, Reply, Request
+from migrate.errors import HostError, MigrateError
+
+TYPE_CHECKING = False  # typing's own, without its import
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import NoReturn
 
 NOT_EXECUTABLE = 126
 NOT_FOUND = 127
-MAX_REPLY = 1 << 17
-TITLE_BYTES = 200
-STDIO = (0, 1, 2)
+ENOEXEC = 8
 NICEST = 19
+_STDIO = (0, 1, 2)
+_INT_BYTES = 4
+_PYTHON_IGNORES = (_signal.SIGPIPE, _signal.SIGXFSZ)
 """Signals that Python ignores by itself, so that nothing tells how its parent had them."""
-_PYTHON_IGNORES = (signal.SIGPIPE, signal.SIGXFSZ)
 
 
-@dataclass(frozen=True)
 class Words:
     """What the command line says about a command."""
 
-    arguments: Sequence[str]
-    """the command with its arguments; empty: a shell"""
-    host: str = ""
-    host_id: int = 0
-    file: str = ""
-    """what to execute instead of arguments[0]"""
-    background: bool = False
-    low: bool = False
-    local: bool = False
-    verbose: bool = False
-    debug: bool = False
+    def __init__(
+        self,
+        arguments: Sequence[str] = (),
+        host: str = "",
+        host_id: int = 0,
+        file: str = "",
+        background: bool = False,
+        low: bool = False,
+        local: bool = False,
+        verbose: bool = False,
+        debug: bool = False,
+    ) -> None:
+        """
+        :param arguments: the command with its arguments; empty: a shell.
+        :param file: what to execute instead of arguments[0].
+        """
+        self.given = tuple(arguments)
+        self.arguments = self.given or (os.environ.get("SHELL") or "/bin/sh",)
+        self.host = host
+        self.host_id = host_id
+        self.file = file or self.arguments[0]
+        self.background = background
+        self.low = low
+        self.local = local
+        self.verbose = verbose
+        self.debug = debug
 
 
-@dataclass(frozen=True)
-class _Standing:
-    """What a deputy needs to stand."""
-
-    starting: messages.Starting
-    signal_fd: int
-
-
-class _Here(Exception):
+class _RunHere(Exception):
     """The host that was named is this one."""
 
 
@@ -64,84 +72,92 @@ def run(words: Words) -> NoReturn:
 
     :raises MigrateError: nothing was run.
     """
-    if words.background:
-        _in_background(words)
+    report = _in_background() if words.background else None
     try:
-        standing = _ask(words)
-    except _Here as here:
-        if words.verbose:
-            print(f"migrate: running on {here}, which is this host", file=sys.stderr)
+        starting, signal_fd = _ask(words)
+    except _RunHere as here:
+        if words.verbose or words.debug:
+            _say(f"running on {here}, which is this host")
+        _tell_parent(report, None)
         _run_here(words)
     except MigrateError as error:
         if not words.local:
+            _tell_parent(report, error)
             raise
         if words.verbose or words.debug:
-            print(f"migrate: running here: {error}", file=sys.stderr)
+            _say(f"running on this host: {error}")
+        _tell_parent(report, None)
         _run_here(words)
+    host, address, program = starting.fields
     if words.verbose:
-        print(f"migrate: running on {standing.starting.host}", file=sys.stderr)
-    _stand(standing, words)
+        _say(f"running on {host}")
+    _tell_parent(report, None)
+    _stand(address, program, signal_fd, words)
 
 
-def _command(words: Words) -> messages.Command:
-    arguments = [os.fsencode(word) for word in _arguments(words)]
+# ---------------------------------------------------------------------- asking
+
+
+def _ask(words: Words) -> tuple[Reply, int]:
+    """Have it arranged; returns what a deputy needs to stand.
+
+    :raises MigrateError: the command will not be started.
+    """
+    started = monotonic()
+    request = Request(words.host, words.host_id, words.low, " ".join(words.arguments))
+    sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET | _socket.SOCK_CLOEXEC)
+    try:
+        _send(sock, request, words)
+        while True:
+            room = _socket.CMSG_SPACE(_INT_BYTES)
+            data, rights, _, _ = sock.recvmsg(MAX_REPLY, room, _socket.MSG_CMSG_CLOEXEC)
+            reply = Reply.decode(data)
+            if reply.word == "progress":
+                if words.debug:
+                    _say(f"{reply.fields[0]} ({(monotonic() - started) * 1000:.1f} ms)")
+            elif reply.word == "starting":
+                return reply, int.from_bytes(rights[0][2][:_INT_BYTES], sys.byteorder)
+            elif reply.word == "here":
+                raise _RunHere(*reply.fields)
+            elif reply.word == "refused":
+                raise MigrateError(*reply.fields)
+            else:
+                raise HostError("migd", "ended before it answered", "look into its log")
+    except OSError as error:
+        raise HostError("migd", f"the connection broke ({error.strerror})") from None
+    finally:
+        sock.close()
+
+
+def _send(sock: _socket.socket, request: Request, words: Words) -> None:
+    packet = request.encode()
+    description = _sealed(_command(words).encode())
+    try:
+        sock.connect(RUN_SOCKET)
+        fds = b"".join(
+            fd.to_bytes(_INT_BYTES, sys.byteorder) for fd in (description, *_open_stdio())
+        )
+        sock.sendmsg([packet], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, fds)])
+    except OSError as error:
+        raise HostError(
+            "migd", f"cannot be reached ({error.strerror})", "start it: systemctl start migd"
+        ) from None
+    finally:
+        os.close(description)
+
+
+def _command(words: Words) -> Command:
     ignored = [
         number
-        for number in range(1, signal.NSIG)
-        if number not in _PYTHON_IGNORES
-        and number not in (32, 33)
-        and signal.getsignal(number) is signal.SIG_IGN
+        for number in _signal.valid_signals()
+        if number not in _PYTHON_IGNORES and _signal.getsignal(number) == _signal.SIG_IGN
     ]
-    return messages.Command(
-        file=os.fsencode(words.file) or arguments[0],
-        arguments=tuple(arguments),
+    return Command(
+        file=os.fsencode(words.file),
+        arguments=tuple(map(os.fsencode, words.arguments)),
         environment=tuple(b"%s=%s" % item for item in os.environb.items()),
         ignored_signals=tuple(ignored),
     )
-
-
-def _arguments(words: Words) -> Sequence[str]:
-    return words.arguments or [os.environ.get("SHELL") or "/bin/sh"]
-
-
-def _ask(words: Words) -> _Standing:
-    """Have it arranged. :raises MigrateError: the command will not be started."""
-    started = time.monotonic()
-    title = (
-        " ".join(_arguments(words)).encode(errors="replace")[:TITLE_BYTES].decode(errors="ignore")
-    )
-    request = messages.RunCommand(words.host, words.host_id, words.low, title)
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
-        description = _sealed(messages.encode(_command(words)))
-        try:
-            sock.connect(str(paths.RUN_SOCKET))
-            socket.send_fds(sock, [messages.encode(request)], [description, *_stdio()])
-        except OSError as error:
-            raise HostError(
-                "migd", f"cannot be reached ({error.strerror})", "start it: systemctl start migd"
-            ) from None
-        finally:
-            os.close(description)
-        while True:
-            try:
-                data, fds, _, _ = socket.recv_fds(sock, MAX_REPLY, 1)
-                reply = messages.decode_reply(data) if data else None
-            except (OSError, *MALFORMED) as error:
-                raise HostError("migd", f"the connection broke ({error})") from None
-            match reply:
-                case messages.Progress(step):
-                    if words.debug:
-                        spent_ms = (time.monotonic() - started) * 1000
-                        print(f"migrate: {step} ({spent_ms:.1f} ms)", file=sys.stderr)
-                case messages.Starting():
-                    return _Standing(reply, fds[0])
-                case messages.Here(host):
-                    raise _Here(host)
-                case messages.Refused(obstacles) if obstacles:
-                    first = obstacles[0]
-                    raise MigrateError(first.what, first.reason, first.remedy)
-                case _:
-                    raise HostError("migd", "ended before it answered", "look into its log")
 
 
 def _sealed(data: bytes) -> int:
@@ -149,75 +165,109 @@ def _sealed(data: bytes) -> int:
     import fcntl
 
     fd = os.memfd_create("command", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    with open(os.dup(fd), "wb") as file:
-        file.write(data)
+    left = memoryview(data)
+    while left:
+        left = left[os.write(fd, left) :]
     seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
     fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
     return fd
 
 
-def _stdio() -> tuple[int, ...]:
-    """Its three descriptors; those that are closed are /dev/null from now on."""
-    for fd in STDIO:
+def _open_stdio() -> tuple[int, ...]:
+    """The three descriptors; those that are closed are /dev/null from now on."""
+    for fd in _STDIO:
         try:
             os.fstat(fd)
         except OSError:
-            os.open("/dev/null", os.O_RDWR)  # gets the lowest number that is free: this one
-            os.set_inheritable(fd, True)
-    return STDIO
+            os.set_inheritable(os.open("/dev/null", os.O_RDWR), True)  # the lowest number: this
+    return _STDIO
 
 
-def _stand(standing: _Standing, words: Words) -> NoReturn:
+# ---------------------------------------------------------------------- becoming
+
+
+def _stand(address: str, program: str, signal_fd: int, words: Words) -> NoReturn:
     """Become the deputy. Signals wait from here on until it reads them."""
-    signal.pthread_sigmask(signal.SIG_SETMASK, signal.valid_signals())
-    signal_fd = standing.signal_fd
+    _signal.pthread_sigmask(_signal.SIG_SETMASK, _signal.valid_signals())
     os.set_inheritable(signal_fd, True)
-    name = os.path.basename(_arguments(words)[0])[:15]  # noqa: PTH119 (pathlib costs time)
+    name = words.arguments[0].rpartition("/")[2][:15]
     python = os.path.realpath(sys.executable)
-    os.execv(
-        python,
-        [
-            *(python, "-I", "-S", "-X", "utf8", standing.starting.program),
-            *(standing.starting.socket, name, str(signal_fd), "0,1,2", ""),
-        ],
-    )
+    options = ("-I", "-S", "-X", "utf8")
+    os.execv(python, [python, *options, program, address, name, str(signal_fd), "0,1,2", ""])
 
 
 def _run_here(words: Words) -> NoReturn:
     """As if there were no `migrate`."""
     if words.low:
         os.nice(NICEST)
-        with contextlib.suppress(OSError):
-            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-    arguments = list(_arguments(words))
-    file = words.file or arguments[0]
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     for number in _PYTHON_IGNORES:
-        signal.signal(number, signal.SIG_DFL)
+        _signal.signal(number, _signal.SIG_DFL)
     try:
         try:
-            os.execvp(file, arguments)
+            os.execvp(words.file, words.arguments)
         except OSError as error:
-            if error.errno != 8:  # ENOEXEC: a script without its first line
+            if error.errno != ENOEXEC:
                 raise
-            os.execv("/bin/sh", [arguments[0], _found(file), *arguments[1:]])
+            script = (words.arguments[0], _found(words.file), *words.arguments[1:])
+            os.execv("/bin/sh", script)
     except FileNotFoundError:
-        print(f"migrate: {file}: not found", file=sys.stderr)
+        _say(f"{words.file}: command not found")
         os._exit(NOT_FOUND)
     except OSError as error:
-        print(f"migrate: {file}: {error.strerror}", file=sys.stderr)
+        _say(f"{words.file}: {error.strerror}")
         os._exit(NOT_EXECUTABLE)
 
 
 def _found(file: str) -> str:
-    if "/" in file:
-        return file
-    for directory in os.get_exec_path():
-        path = os.path.join(directory, file)  # noqa: PTH118 (pathlib costs time)
-        if os.access(path, os.X_OK):
-            return path
+    if "/" not in file:
+        for directory in os.get_exec_path():
+            path = f"{directory or '.'}/{file}"
+            if os.access(path, os.X_OK):
+                return path
     return file
 
 
-def _in_background(words: Words) -> None:
-    """Return in a child that is the command's deputy; this process waits until it stands, and ends."""
-    raise UserError("-b", "is not there yet")
+def _say(text: str) -> None:
+    print(f"migrate: {text}", file=sys.stderr, flush=True)
+
+
+# ---------------------------------------------------------------------- -b
+
+
+def _in_background() -> int:
+    """Return in a child of init's; this process tells how that fares, and ends.
+
+    :returns: where the child tells that (`_tell_parent`).
+    """
+    reading, writing = os.pipe()
+    orphaned, between = os.pipe()
+    child = os.fork()
+    if child:
+        os.close(writing)
+        os.close(between)
+        os.waitpid(child, 0)
+        with open(reading, "rb") as pipe:
+            told = pipe.read()
+        if told:
+            print(told.decode(), flush=True)
+        os._exit(0 if told else 125)  # the child has said why
+    if os.fork():
+        os._exit(0)
+    os.close(reading)
+    os.close(between)
+    os.read(orphaned, 1)  # its end: the process between has ended, init is our parent
+    os.close(orphaned)
+    os.setsid()  # no terminal's end is its end
+    if os.isatty(0):
+        null = os.open("/dev/null", os.O_RDWR)
+        os.dup2(null, 0)
+        os.close(null)
+    return writing
+
+
+def _tell_parent(report: int | None, error: MigrateError | None) -> None:
+    if report is not None:
+        if error is None:
+            os.write(report, f"{os.getpid():#x}".encode())
+        os.close(report)

@@ -7,10 +7,13 @@ command are read here; whatever is not plainly one of them typer reads, and comp
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 
 from migrate.command import Words, run
 from migrate.errors import MigrateError
+
+TYPE_CHECKING = False  # typing's own, without its import
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 OWN_FAILURE = 125
 _FLAGS = {"b": "background", "B": "low", "l": "local", "v": "verbose", "D": "debug"}

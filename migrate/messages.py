@@ -24,30 +24,6 @@ class Move(msgspec.Struct, frozen=True, tag="move"):
     protocol: int = PROTOCOL
 
 
-class RunCommand(msgspec.Struct, frozen=True, tag="run"):
-    """Run a command for me, on run.sock: one packet, with descriptors: a sealed memfd that holds a
-    `Command`, then stdin, stdout and stderr. Whoever asks becomes its deputy."""
-
-    host: Word = ""
-    host_id: int = 0
-    low: bool = False
-    """background priority"""
-    title: Word = ""
-    """the command as `migctl ps` shows it"""
-    protocol: int = PROTOCOL
-
-
-class Command(msgspec.Struct, frozen=True):
-    """What is to be executed. Everything else about it is its deputy's and asked of the kernel."""
-
-    file: bytes
-    arguments: tuple[bytes, ...]
-    """argv, with argv[0]"""
-    environment: tuple[bytes, ...]
-    """NAME=VALUE each"""
-    ignored_signals: tuple[int, ...] = ()
-
-
 class ListGuests(msgspec.Struct, frozen=True, tag="list"):
     """What is away from here or a guest here."""
 
@@ -87,21 +63,6 @@ class Checked(msgspec.Struct, frozen=True, tag="checked"):
 
     pid: int
     notes: tuple[str, ...] = ()
-
-
-class Starting(msgspec.Struct, frozen=True, tag="starting"):
-    """The command is about to be executed on `host`: be its deputy, for the guard at `socket`."""
-
-    host: str
-    socket: str
-    program: str
-    """the deputy's, a Python script"""
-
-
-class Here(msgspec.Struct, frozen=True, tag="here"):
-    """The host that was named is this one: execute the command yourself."""
-
-    host: str
 
 
 class Obstacle(msgspec.Struct, frozen=True):
@@ -144,11 +105,9 @@ class Recovered(msgspec.Struct, frozen=True, tag="recovered"):
 
 
 Request = Move | ListGuests | Recover
-Reply = Progress | Moved | Checked | Refused | Guests | Recovered | Starting | Here
+Reply = Progress | Moved | Checked | Refused | Guests | Recovered
 FINAL = (Moved, Checked, Refused, Guests, Recovered)
 
 encode = msgspec.msgpack.Encoder().encode
 decode_request = msgspec.msgpack.Decoder(Request).decode
-decode_run = msgspec.msgpack.Decoder(RunCommand).decode
-decode_command = msgspec.msgpack.Decoder(Command).decode
 decode_reply = msgspec.msgpack.Decoder(Reply).decode

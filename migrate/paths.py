@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from migrate import command_wire
+
 CONFIG_DIR = Path("/etc/migrate")
 CONFIG_FILE = CONFIG_DIR / "config.toml"
 
@@ -26,7 +28,7 @@ AUTHORIZED_KEYS = PEER_HOME / ".ssh" / "authorized_keys"
 
 RUN_DIR = Path("/run/migrate")
 MIGD_SOCKET = RUN_DIR / "migd.sock"
-RUN_SOCKET = RUN_DIR / "run.sock"
+RUN_SOCKET = Path(command_wire.RUN_SOCKET)
 """Where users ask for commands to be run elsewhere."""
 LOAD_SOCKET = RUN_DIR / "load.sock"
 """The Mig library's way to migd; open to every user."""
