@@ -65,13 +65,17 @@ class CommandHome:
 
         :raises MigrateError: it will not be executed.
         """
+        self._progress("the guard stands")
         stream = line.lifeline.open(guestwords.COMMAND_STREAM)
         stream.sender.write(self._read_command())
         stream.sender.finish()
         self._lay_out(line)
-        done = wait_until(
-            self._reactor, lambda: self._word is not None or self._client_gone, PREPARE_SECONDS
+        connected = wait_until(
+            self._reactor, lambda: line.lifeline.up or self._over(), PREPARE_SECONDS
         )
+        if connected and line.lifeline.up:
+            self._progress("connected with the keeper")
+        done = wait_until(self._reactor, self._over, PREPARE_SECONDS)
         match self._word:
             case guestwords.NotStarted(_, what, reason, remedy):
                 raise PeerError(what, reason, remedy)
@@ -79,6 +83,10 @@ class CommandHome:
                 raise UserError("migrate", "was ended before its command began")
             case None if not done:
                 raise PeerError(f"host {self._start.destination}", "did not get ready in time")
+        self._progress("the capsule stands")
+
+    def _over(self) -> bool:
+        return self._word is not None or self._client_gone
 
     def heard(self, word: guestwords.Prepared | guestwords.NotStarted) -> None:
         """What the keeper says before the command runs."""
@@ -135,10 +143,6 @@ class CommandHome:
         """Tell the client that nothing was run."""
         self._tell(Reply.refused(error))
 
-    def progress(self, step: str) -> None:
-        """Tell the client how far it is."""
-        self._tell(Reply("progress", step))
-
     def complain(self, text: str) -> None:
         """One line on the command's stderr; nothing if that takes none now."""
         poll = select.poll()
@@ -158,6 +162,9 @@ class CommandHome:
         self._stdio = []
 
     # ------------------------------------------------------------------ inside
+
+    def _progress(self, step: str) -> None:
+        self._tell(Reply("progress", step))
 
     def _tell(self, reply: Reply) -> None:
         with contextlib.suppress(OSError):
