@@ -7,7 +7,6 @@ process.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import os
 import signal
@@ -19,15 +18,15 @@ from pathlib import Path
 from agent import syscalls
 from agent.bulk import IMAGE, PAGES, Bulk, parse_image
 from agent.capsule import Capsule
-from agent.cgroups import Cgroup, guest_path
+from agent.cgroups import Cgroup, QuickMoves, guest_path
 from agent.faults import reach
 from agent.identity import take_identity
 from agent.journal import Journal, Side, State
-from agent.link import Commit, Dumped, Offer, Prepared, Ready, Resumed, StreamPipe
+from agent.link import Commit, Dumped, Offer, Planned, Prepared, Ready, Resumed
 from agent.reactor import Reactor
-from agent.session import spawn_in_session
+from agent.restorer import GuestPipe, Restorer
 from agent.waiting import await_worker, next_event, wait_frozen
-from criu_hooks.calls import CriuCall, Done, InheritFd, RestoreRequest, spawn_swrk
+from criu_hooks.calls import CriuCall, Done, RestoreRequest
 from criu_hooks.pages import PageImageWriter, PageStreamError
 from migrate.errors import CriuError, HostError, PeerError
 
@@ -37,14 +36,6 @@ IMAGE_WAIT_SECONDS = 60.0
 WORKER_SECONDS = 20.0
 MAX_IMAGE_BYTES = 1 << 26
 LOG_DIR = Path("/var/log")
-
-
-@dataclass
-class GuestPipe:
-    """A pipe of the guest that leads home, and our end of it."""
-
-    listed: StreamPipe
-    our_fd: int
 
 
 @dataclass
@@ -77,7 +68,8 @@ class Arrival:
         self._capsule = capsule
         self._images = images
         self._tree = Cgroup(guest_path("keeper", offer.guest, "tree"))
-        self._criu = 0
+        self._own = Cgroup(guest_path("keeper", offer.guest, "own"))
+        self._received_at = 0.0
 
     def run(self, call: CriuCall, before_ready: Callable[[Arrived], None]) -> Arrived:
         """Receive, restore, and let it run once the source has committed.
@@ -87,12 +79,7 @@ class Arrival:
         """
         self._tree.create()
         await_worker(self._reactor, call, WORKER_SECONDS)
-        reach("destination-prepared")
-        self._bulk.send_message(Prepared())
-        dumped = self._receive_images()
-        images_at = time.monotonic()
-        reach("destination-received")
-        arrived = self._restore(call, dumped)
+        arrived = self._receive_and_restore(call)
         restored_at = time.monotonic()
         before_ready(arrived)
         reach("destination-restored")
@@ -111,7 +98,7 @@ class Arrival:
         log.info(
             "%s: restored in %.1f ms, thawed %.1f ms later",
             self._offer.transaction,
-            (restored_at - images_at) * 1000,
+            (restored_at - self._received_at) * 1000,
             (time.monotonic() - restored_at) * 1000,
         )
         with contextlib.suppress(PeerError):
@@ -123,10 +110,8 @@ class Arrival:
         try:
             pages = PageImageWriter(directory_fd)
             names: set[str] = set()
-            patience = IMAGE_WAIT_SECONDS
             while True:
-                kind, frame = self._bulk.receive(patience)
-                patience = self._offer.freeze_limit_seconds
+                kind, frame = self._bulk.receive(self._offer.freeze_limit_seconds)
                 if kind == PAGES:
                     pages.write(memoryview(frame))
                 elif kind == IMAGE:
@@ -151,66 +136,62 @@ class Arrival:
         finally:
             os.close(directory_fd)
 
-    def _restore(self, call: CriuCall, dumped: Dumped) -> Arrived:
+    def _receive_and_restore(self, call: CriuCall) -> Arrived:
+        plan = self._bulk.receive_message(self._offer.freeze_limit_seconds)
+        if not isinstance(plan, Planned):
+            raise PeerError(f"host {self._offer.source}", "it breaks the protocol of migrations")
+        with self._restorer(call, plan) as restorer:
+            reach("destination-prepared")
+            self._bulk.send_message(Prepared())
+            self._bulk.await_frame(IMAGE_WAIT_SECONDS)
+            with QuickMoves(self._own):
+                dumped = self._receive_images()
+                self._received_at = time.monotonic()
+                reach("destination-received")
+                tids = self._tids_in_images()
+                if restorer.suits(dumped.pipes, tids):
+                    return self._restore(call, restorer, dumped)
+            log.info("%s: not what was planned", self._offer.transaction)
+            restorer.discard()
+        with self._restorer(call, Planned(dumped.pipes, tids)) as restorer:
+            return self._restore(call, restorer, dumped)
+
+    def _restorer(self, call: CriuCall, plan: Planned) -> Restorer:
+        return Restorer(
+            self._reactor,
+            call,
+            self._offer.ids,
+            self._offer.owner,
+            self._enter,
+            plan.pipes,
+            plan.tids,
+        )
+
+    def _tids_in_images(self) -> tuple[int, ...]:
+        """Images are named after the tasks they are of."""
+        names = (path.stem.rpartition("-")[2] for path in self._images.iterdir())
+        return tuple(int(number) for number in names if number.isdecimal())
+
+    def _restore(self, call: CriuCall, restorer: Restorer, dumped: Dumped) -> Arrived:
+        restorer.set_sizes(dumped.pipes)
         images_fd = os.open(self._images, os.O_RDONLY | os.O_DIRECTORY)
-        holders: tuple[int, ...] = ()
-        inherited: dict[str, int] = {}
-        arrived = Arrived(0, dumped)
         try:
-            for listed in dumped.pipes:
-                pipe, guest_fd = self._make_pipe(listed)
-                arrived.pipes.append(pipe)
-                inherited[listed.key] = guest_fd
-            self._avoid_pids()
-            keep = list(inherited.values())
-            criu_end = call.criu_end
-            self._criu, holders = spawn_in_session(
-                self._offer.ids,
-                lambda fork: spawn_swrk(criu_end, keep, self._enter, fork),
-                self._reactor,
-            )
-            arrived.criu = self._criu
             call.begin(
                 RestoreRequest(
                     images_fd=images_fd,
                     uid=self._offer.owner.uid,
                     gids=(self._offer.owner.gid, *self._offer.owner.groups),
-                    inherit_fds=tuple(InheritFd(key, fd) for key, fd in inherited.items()),
+                    inherit_fds=restorer.inherited,
                     shell_job=self._offer.ids.sid != self._offer.ids.pid,
                     log_path=str(self._images / "restore.log"),
                 )
             )
-            self._follow(call)
+            self._follow(call, restorer)
         finally:
-            for fd in (images_fd, *inherited.values()):
-                os.close(fd)
-            for holder in holders:
-                os.kill(holder, signal.SIGKILL)
-                os.waitpid(holder, 0)
+            os.close(images_fd)
         if not wait_frozen(self._reactor, self._tree, self._offer.freeze_limit_seconds):
             raise HostError("cgroup", "the restored tree did not freeze")
-        arrived.files = self._copy_files(dumped)
-        return arrived
-
-    def _make_pipe(self, listed: StreamPipe) -> tuple[GuestPipe, int]:
-        reading, writing = os.pipe()
-        with contextlib.suppress(OSError):
-            fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, listed.size_bytes)
-        # criu opens its end again through /proc, as the owner's process could
-        os.fchown(reading, self._offer.owner.uid, self._offer.owner.gid)
-        if listed.outgoing:
-            return GuestPipe(listed, reading), writing
-        return GuestPipe(listed, writing), reading
-
-    def _avoid_pids(self) -> None:
-        """Have criu born under a pid that the images do not need (they are named after pids)."""
-        taken = {
-            int(number)
-            for path in self._images.iterdir()
-            if (number := path.stem.rpartition("-")[2]).isdecimal()
-        }
-        base = next(n for n in range(300, 30000, 100) if not taken & set(range(n, n + 64)))
-        Path("/proc/sys/kernel/ns_last_pid").write_text(str(base))
+        return Arrived(restorer.pid, dumped, restorer.pipes, self._copy_files(dumped))
 
     def _enter(self) -> None:
         signal.set_wakeup_fd(-1)
@@ -220,7 +201,7 @@ class Arrival:
         self._capsule.enter()
         take_identity(self._offer.owner.uid, self._offer.owner.gid)
 
-    def _follow(self, call: CriuCall) -> None:
+    def _follow(self, call: CriuCall, restorer: Restorer) -> None:
         """Answer criu; at pre-resume take criu itself out of the tree's cgroup, and freeze that."""
         while True:
             event = next_event(self._reactor, call, self._offer.freeze_limit_seconds)
@@ -231,7 +212,7 @@ class Arrival:
                 return
             if event.script == "pre-resume":
                 reach("destination-criu")
-                Cgroup(guest_path("keeper", self._offer.guest, "own")).add(self._criu)
+                restorer.leave(self._own)
                 self._tree.freeze()
             call.proceed()
 

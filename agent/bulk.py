@@ -81,6 +81,11 @@ class Bulk:
         head = bytes([len(name)]) + name.encode()
         self._write(_HEADER.pack(IMAGE, len(head) + len(contents)) + head + contents)
 
+    def await_frame(self, patience_seconds: float) -> None:
+        """Return when something has come, or the connection's end. Raises PeerError: nothing has."""
+        if not self._buffer and not wait_for(self._reactor, self._in, READ, patience_seconds):
+            raise PeerError(f"host {self.peer}", f"no answer within {patience_seconds:g} seconds")
+
     def receive(self, patience_seconds: float | None = None) -> tuple[int, bytearray]:
         """The next frame. Raises PeerError: the peer is silent, gone, or breaks the protocol."""
         head = self._take(_HEADER.size, patience_seconds)

@@ -7,12 +7,13 @@ from collections.abc import Callable
 from agent.capsule import Capsule
 from agent.cgroups import Cgroup, guest_path
 from agent.identity import take_identity
-from agent.link import Dumped, Offer
+from agent.link import Dumped, Offer, Planned
 
 
 class CapsuleTree:
     """The original of a hop (or of the way home).
 
+    :param plan: what will probably travel.
     :param describe: once all is frozen: settle the streams and say what travels with them.
     :param resume: the hop has failed: the streams go on here.
     """
@@ -21,6 +22,7 @@ class CapsuleTree:
         self,
         offer: Offer,
         capsule: Capsule,
+        plan: Callable[[], Planned],
         describe: Callable[[], Dumped],
         resume: Callable[[], None],
     ) -> None:
@@ -29,8 +31,13 @@ class CapsuleTree:
         self.cgroup = Cgroup(guest_path("keeper", offer.guest, "tree"))
         self._offer = offer
         self._capsule = capsule
+        self._plan = plan
         self._describe = describe
         self._resume = resume
+
+    def plan(self) -> Planned:
+        """See the class."""
+        return self._plan()
 
     def gather(self) -> None:
         """It lives in its cgroup already."""

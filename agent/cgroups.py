@@ -9,14 +9,19 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import threading
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 from migrate.errors import HostError
 
 SLICE = "migrate-guests.slice"
 """Guests live here, never below migd's own service."""
+_QUICK_SECONDS = 0.004
+"""Less than a grace period takes."""
 
 
 def hierarchy() -> Path:
@@ -46,6 +51,41 @@ def of_process(pid: int) -> Path:
     raise HostError(f"pid {pid}", "is in no version 2 cgroup")
 
 
+class QuickMoves:
+    """While it stands, moves between cgroups do not wait.
+
+    The kernel takes a lock for a move that makes the first one wait for an RCU grace period, some
+    milliseconds; another that follows soon does not (kernel/cgroup/cgroup.c, kernel/rcu/sync.c). So
+    a thread moves this process now and then to where it is already.
+    """
+
+    def __init__(self, own: Cgroup) -> None:
+        """:param own: where this process is."""
+        self._own = own
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._keep)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _keep(self) -> None:
+        while True:
+            with contextlib.suppress(OSError):
+                self._own.add(0)
+            if self._over.wait(_QUICK_SECONDS):
+                return
+
+
 class Cgroup:
     """One cgroup directory. Numbers are pids as the caller's pid namespace counts."""
 
@@ -72,7 +112,14 @@ class Cgroup:
         """Its processes; empty if it is gone."""
         try:
             return frozenset(map(int, (self.path / "cgroup.procs").read_text().split()))
-        except (FileNotFoundError, OSError):
+        except OSError:
+            return frozenset()
+
+    def tids(self) -> frozenset[int]:
+        """The threads of its processes; empty if it is gone."""
+        try:
+            return frozenset(map(int, (self.path / "cgroup.threads").read_text().split()))
+        except OSError:
             return frozenset()
 
     def gather(self, root: int, descendants: Iterable[int]) -> None:

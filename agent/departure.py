@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -18,12 +20,22 @@ from agent.bulk import Bulk
 from agent.cgroups import Cgroup
 from agent.faults import reach
 from agent.journal import Journal, Side, State
-from agent.link import Aborted, Commit, Dumped, Prepared, Progress, Ready, Resumed, StartDeparture
+from agent.link import (
+    Aborted,
+    Commit,
+    Dumped,
+    Planned,
+    Prepared,
+    Progress,
+    Ready,
+    Resumed,
+    StartDeparture,
+)
 from agent.page_pump import page_sockets, pump_pages
 from agent.reactor import Reactor
-from agent.waiting import await_worker, wait_frozen
-from criu_hooks.calls import CriuCall, DumpRequest, spawn_swrk
-from migrate.errors import HostError, MigrateError, PeerError
+from agent.waiting import await_worker, next_event, wait_frozen
+from criu_hooks.calls import CriuCall, Done, DumpRequest, spawn_swrk
+from migrate.errors import CriuError, HostError, MigrateError, PeerError
 
 PREPARE_SECONDS = 30.0
 
@@ -46,6 +58,9 @@ class Original(Protocol):
     @property
     def shell_job(self) -> bool:
         """the root leads no session of its own"""
+
+    def plan(self) -> Planned:
+        """What will probably be Dumped; nothing is frozen yet. Raises MigrateError: it cannot move."""
 
     def gather(self) -> None:
         """Move the tree into its cgroup."""
@@ -99,10 +114,13 @@ class Departure:
         """
         transaction = self._start.offer.transaction
         try:
-            self._expect(Prepared, PREPARE_SECONDS)
-            await_worker(self._reactor, call, PREPARE_SECONDS)
-            self._progress("prepared")
-            self._freeze_and_dump(call, images)
+            reach("source-begun")
+            self._bulk.send_message(self._original.plan())
+            self._original.gather()
+            with self._dumper(call, images) as pages:
+                self._expect(Prepared, PREPARE_SECONDS)
+                self._progress("prepared")
+                self._dump(call, images, pages)
             self._expect(Ready, self._patience)
             self._progress("ready")
             reach("source-ready")
@@ -176,24 +194,16 @@ class Departure:
         if not isinstance(answer, kind):
             raise PeerError(f"host {self._bulk.peer}", "it breaks the protocol of migrations")
 
-    def _freeze_and_dump(self, call: CriuCall, images: Path) -> None:
-        reach("source-begun")
-        self._original.gather()
+    @contextmanager
+    def _dumper(self, call: CriuCall, images: Path) -> Iterator[socket.socket]:
+        """A criu that has done everything but look at the tree; yields our end of its page server."""
+        await_worker(self._reactor, call, PREPARE_SECONDS)
         ours, theirs = page_sockets()
         images_fd = os.open(images, os.O_RDONLY | os.O_DIRECTORY)
         criu = 0
         try:
             with ours, theirs:
                 criu = spawn_swrk(call.criu_end, [theirs.fileno()], self._original.enter)
-                self._frozen_at = time.monotonic()
-                self._original.cgroup.freeze()
-                if not wait_frozen(self._reactor, self._original.cgroup, self._patience):
-                    raise HostError("cgroup", "the tree does not freeze", "try again")
-                # Before criu holds it: a traced tree would not look as it is.
-                self._progress("frozen")
-                reach("source-frozen")
-                described = self._original.describe()
-                self._progress("described")
                 call.begin(
                     DumpRequest(
                         pid=self._original.pid,
@@ -206,18 +216,10 @@ class Departure:
                     )
                 )
                 theirs.close()
-                pump_pages(
-                    self._reactor,
-                    call,
-                    ours,
-                    self._bulk,
-                    self._patience,
-                    lambda: self._progress("memory"),
-                )
-                self._progress("dumped")
-                reach("source-dumped")
-                self._send_images(images, described)
-                self._progress("sent")
+                event = next_event(self._reactor, call, PREPARE_SECONDS)
+                if isinstance(event, Done):
+                    raise CriuError("criu", event.reason)
+                yield ours
         except BaseException:
             if criu:
                 os.kill(criu, signal.SIGKILL)
@@ -226,6 +228,30 @@ class Departure:
             os.close(images_fd)
             if criu:
                 os.waitpid(criu, 0)
+
+    def _dump(self, call: CriuCall, images: Path, pages: socket.socket) -> None:
+        self._frozen_at = time.monotonic()
+        self._original.cgroup.freeze()
+        if not wait_frozen(self._reactor, self._original.cgroup, self._patience):
+            raise HostError("cgroup", "the tree does not freeze", "try again")
+        # Before criu holds it: a traced tree would not look as it is.
+        self._progress("frozen")
+        reach("source-frozen")
+        described = self._original.describe()
+        self._progress("described")
+        call.proceed()
+        pump_pages(
+            self._reactor,
+            call,
+            pages,
+            self._bulk,
+            self._patience,
+            lambda: self._progress("memory"),
+        )
+        self._progress("dumped")
+        reach("source-dumped")
+        self._send_images(images, described)
+        self._progress("sent")
 
     def _send_images(self, images: Path, described: Dumped) -> None:
         for path in sorted(images.iterdir()):

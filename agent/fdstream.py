@@ -5,12 +5,34 @@ handed to another process must not have lost a byte to a buffer.
 """
 
 import asyncio
+import contextlib
 import errno
+import fcntl
 import os
+import socket
+import stat
 from collections.abc import Callable
 from types import TracebackType
 
 from migrate.framing import MAX_FRAME_BYTES, encode_frame, read_frame
+
+ROOM_BYTES = 1 << 20
+"""The most that an unprivileged user may give a pipe (pipe(7), pipe-max-size)."""
+SO_SNDBUFFORCE = 32
+
+
+def widen(fd: int) -> None:
+    """Give a pipe, or the writing end of a socket pair, more room, if the kernel allows it.
+
+    For what sshd and ssh write to us: what does not fit they keep in a buffer that they enlarge in
+    small steps, copying it each time; the first megabytes took 100 ms instead of 20.
+    """
+    with contextlib.suppress(OSError):
+        if stat.S_ISFIFO(os.fstat(fd).st_mode):
+            fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, ROOM_BYTES)
+        else:
+            with socket.socket(fileno=os.dup(fd)) as end:
+                end.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, ROOM_BYTES)
 
 
 class FdStream:
@@ -83,6 +105,17 @@ class FdStream:
             chunks.append(chunk)
             missing -= len(chunk)
         return b"".join(chunks)
+
+    async def skip(self, size: int) -> None:
+        """Read that many bytes and forget them.
+
+        :raises asyncio.IncompleteReadError: the stream ended before.
+        """
+        while size:
+            chunk = await self.read_some(size)
+            if not chunk:
+                raise asyncio.IncompleteReadError(b"", size)
+            size -= len(chunk)
 
     async def read_frame(self, limit_bytes: int = MAX_FRAME_BYTES) -> bytes | None:
         """As migrate.framing.read_frame: None at the end."""

@@ -5,16 +5,17 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from agent import guestwords
 from agent.cgroups import Cgroup, guest_path, of_process
 from agent.identity import take_identity
-from agent.link import Dumped, StartDeparture, StreamPipe
+from agent.link import Dumped, Planned, StartDeparture, StreamPipe
 from agent.syscalls import pidfd_getfd
 from criu_hooks.fds import FileKind
+from criu_hooks.pipes import ExternalPipe
 from criu_hooks.preflight import examine
 from criu_hooks.proc import pid_starttime
 from criu_hooks.tree import ProcessTree
@@ -55,6 +56,23 @@ class FreshTree:
         """stream → the root's descriptors, of those that the deputy keeps"""
         self.pending: list[int] = []
 
+    def plan(self) -> Planned:
+        tree = ProcessTree.capture(self.pid)
+        tids: set[int] = set()
+        for pid in tree.pids:
+            with contextlib.suppress(OSError):
+                tids.update(int(task.name) for task in Path(f"/proc/{pid}/task").iterdir())
+        # Sizes are told when all is frozen; nothing is made after them.
+        pipes = [
+            StreamPipe(stream, pipe.key, pipe.direction == "out", 0)
+            for stream, pipe in self._numbered(tree)
+        ]
+        return Planned(tuple(pipes), tuple(sorted(tids)))
+
+    @staticmethod
+    def _numbered(tree: ProcessTree) -> Iterator[tuple[int, ExternalPipe]]:
+        return enumerate(tree.external_pipes(), guestwords.FIRST_PIPE_STREAM)
+
     def gather(self) -> None:
         self.cgroup.create()
         known: set[int] = set()
@@ -86,7 +104,7 @@ class FreshTree:
 
     def _copy_descriptors(self, tree: ProcessTree) -> None:
         listed: list[StreamPipe] = []
-        for stream, pipe in enumerate(tree.external_pipes(), guestwords.FIRST_PIPE_STREAM):
+        for stream, pipe in self._numbered(tree):
             if pipe.direction == "both":
                 raise UserError(
                     f"pid {self.pid}", f"it holds both ends of {pipe.key}, as does somebody else"

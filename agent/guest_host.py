@@ -34,6 +34,7 @@ from agent.link import (
     Link,
     Offer,
     Packet,
+    Planned,
     StartDeparture,
     StreamPipe,
     Verdict,
@@ -304,7 +305,7 @@ class GuestHost:
         bulk = Bulk(self._reactor, start.destination, fds[0], fds[1], offer.freeze_limit_seconds)
         directory = self._images / "dump"
         directory.mkdir(mode=0o700)
-        tree = CapsuleTree(self._offer, self._capsule, self._hand_over, self._take_back)
+        tree = CapsuleTree(self._offer, self._capsule, self._plan, self._hand_over, self._take_back)
         try:
             with CriuCall() as call:
                 self._journal.record(
@@ -346,19 +347,15 @@ class GuestHost:
             )
         )
 
-    def _hand_over(self) -> Dumped:
-        """All is frozen: from here on home's messages wait for whoever has the guest afterwards."""
+    def _plan(self) -> Planned:
+        return Planned(self._open_pipes(), tuple(sorted(self._tree.tids())))
+
+    def _open_pipes(self) -> tuple[StreamPipe, ...]:
+        """The guest's pipes that lead home and have not come to their end."""
         assert self._lifeline is not None
-        self._handing_over = True
-        for source in self._sources.values():
-            source.drain()
-        for sink in self._sinks.values():
-            sink.settle()
-        states = []
         pipes = []
         for number, listed in self._listed.items():
             stream = self._lifeline.open(number)
-            states.append(stream.export())
             over = (
                 stream.sender.fin or stream.sender.reset
                 if listed.outgoing
@@ -369,7 +366,18 @@ class GuestHost:
                 pipes.append(
                     StreamPipe(number, f"pipe:[{inode}]", listed.outgoing, listed.size_bytes)
                 )
-        return Dumped(tuple(pipes), tuple(self._files), tuple(states))
+        return tuple(pipes)
+
+    def _hand_over(self) -> Dumped:
+        """All is frozen: from here on home's messages wait for whoever has the guest afterwards."""
+        assert self._lifeline is not None
+        self._handing_over = True
+        for source in self._sources.values():
+            source.drain()
+        for sink in self._sinks.values():
+            sink.settle()
+        states = tuple(self._lifeline.open(number).export() for number in self._listed)
+        return Dumped(self._open_pipes(), tuple(self._files), states)
 
     def _take_back(self) -> None:
         self._handing_over = False

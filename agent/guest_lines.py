@@ -10,6 +10,7 @@ import time
 from agent import peer_messages
 from agent.agents import Agent
 from agent.link import Attach, GuestLost
+from agent.peer_pool import REFILL_SECONDS
 from agent.this_host import RETRY_SECONDS, ThisHost, guest_gone
 from migrate.errors import HostError, MigrateError
 
@@ -29,7 +30,7 @@ async def _connect(here: ThisHost, guard: Agent, attach: Attach) -> None:
     if attach.host == here.name:
         _connect_here(here, guard, attach)
         return
-    connection = await here.peers.raw.take(here.config.host_named(attach.host))
+    connection = await here.peers.raw.take(here.config.host_named(attach.host), REFILL_SECONDS)
     try:
         connection.begin("lifeline", guard.guest)
         if guard.link.send(attach, (connection.fd_in, connection.fd_out)):

@@ -17,6 +17,7 @@ import msgspec
 from agent import peer_messages
 from agent.agents import Agent
 from agent.link import MAX_PACKET, Departed, Failed, Offer, Packet, Progress, ToAgent
+from agent.peer_pool import REFILL_SECONDS
 from agent.peers import RawConnection
 from agent.this_host import ThisHost
 from migrate import messages
@@ -71,7 +72,7 @@ async def handover(
     if len(msgspec.msgpack.encode(offer)) > MAX_OFFER_BYTES:
         reason = "works in too many directories"
         raise UserError(f"pid {offer.ids.pid}", reason, "move it before it opens so many")
-    opening = [asyncio.create_task(here.peers.raw.take(host)) for _ in purposes]
+    opening = [asyncio.create_task(here.peers.raw.take(host, REFILL_SECONDS)) for _ in purposes]
     try:
         answer = await here.ask(host, peer_messages.MakeOffer(offer), peer_messages.Accepted)
         connections = tuple([await task for task in opening])

@@ -198,6 +198,17 @@ class StreamPipe(msgspec.Struct, frozen=True):
     size_bytes: int
 
 
+class Planned(msgspec.Struct, frozen=True, tag="planned"):
+    """What the source expects to send, told before it freezes anything: what can be made ready, is.
+
+    Only a hint: what is Dumped may differ.
+    """
+
+    pipes: tuple[StreamPipe, ...]
+    tids: tuple[int, ...]
+    """of all threads of the tree, as its root counts"""
+
+
 class Dumped(msgspec.Struct, frozen=True, tag="dumped"):
     """source → destination: the images are complete."""
 
@@ -244,7 +255,7 @@ ToAgent: TypeAlias = (
 FromAgent: TypeAlias = Progress | Departed | Failed | NeedLifeline | Ended | LifelineCut
 
 
-TransactionMessage: TypeAlias = Dumped | Commit | Prepared | Ready | Resumed | Aborted
+TransactionMessage: TypeAlias = Planned | Dumped | Commit | Prepared | Ready | Resumed | Aborted
 Packet: TypeAlias = ToAgent | FromAgent
 
 _encode = msgspec.msgpack.Encoder().encode

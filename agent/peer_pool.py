@@ -10,9 +10,9 @@ from contextlib import ExitStack, suppress
 
 import msgspec
 
-from agent.fdstream import FdStream
+from agent.fdstream import FdStream, widen
 from agent.peer_errors import PeerUnreachable
-from agent.peer_hello import HELLO_LIMIT_BYTES, Hello, check_answer, encode_word
+from agent.peer_hello import HELLO_LIMIT_BYTES, Hello, Padding, check_answer, encode_word
 from agent.peer_identity import DEFAULT_IDENTITY, DEFAULT_PATIENCE, Identity, Patience
 from agent.peer_raw import RawConnection, ssh_command
 from migrate.config import Host
@@ -25,6 +25,14 @@ _ENVIRONMENT = {"PATH": "/usr/bin:/bin", "LC_ALL": "C"}
 
 _LAST_WORDS_SECONDS = 2.0
 """How long ssh may take to end after its output has."""
+
+REFILL_SECONDS = 2.0
+"""After a connection was taken for a migration: not while the guest stands still."""
+
+_PADDING_BYTES = 1 << 18
+_PADDINGS = 8
+_SLOW_SECONDS = 0.05
+"""A connection that takes a padding no faster than this is not worth more of it."""
 
 
 class RawPool:
@@ -52,10 +60,12 @@ class RawPool:
         self._filling: dict[Host, asyncio.Task[None]] = {}
         self._expiry: dict[Host, asyncio.TimerHandle] = {}
         self._children: dict[int, RawConnection] = {}
+        self._closed = False
 
-    async def take(self, peer: Host) -> RawConnection:
+    async def take(self, peer: Host, refill_seconds: float = 0.0) -> RawConnection:
         """A connection for the caller to own: the spare if there is one alive, else a new one.
 
+        :param refill_seconds: when another spare is made, which takes a CPU for a while.
         :raises PeerUnreachable: none can be made; the reason is the peer's or ssh's.
         """
         spare = self._pop_spare(peer)
@@ -64,11 +74,16 @@ class RawPool:
             await asyncio.shield(filling)
             spare = self._pop_spare(peer)
         connection = spare or await self.open(peer)
-        self.prepare(peer)
+        if refill_seconds:
+            asyncio.get_running_loop().call_later(refill_seconds, self.prepare, peer)
+        else:
+            self.prepare(peer)
         return connection
 
     def prepare(self, peer: Host) -> None:
         """See to it, in the background, that there will be spares for this peer."""
+        if self._closed:
+            return
         if (timer := self._expiry.pop(peer, None)) is not None:
             timer.cancel()
         loop = asyncio.get_running_loop()
@@ -100,6 +115,7 @@ class RawPool:
 
     async def aclose(self) -> None:
         """Close the spares and stop opening new ones."""
+        self._closed = True
         for timer in self._expiry.values():
             timer.cancel()
         self._expiry.clear()
@@ -132,13 +148,34 @@ class RawPool:
         try:
             while len(self._spares.setdefault(peer, [])) < self._wanted:
                 connection = await self.open(peer)
-                if peer in self._expiry:
-                    self._spares[peer].append(connection)
-                else:
+                if peer not in self._expiry:
                     connection.close()
                     return
+                try:
+                    await self._pad(connection)
+                except BaseException:
+                    connection.close()
+                    raise
+                self._spares[peer].append(connection)
         except MigrateError as error:
             log.info("no spare connection: %s", error)
+
+    async def _pad(self, connection: RawConnection) -> None:
+        """See Padding."""
+        stream = FdStream(connection.fd_in, connection.fd_out)
+        clock = asyncio.get_running_loop().time
+        word, padding = encode_word(Padding(_PADDING_BYTES)), bytes(_PADDING_BYTES)
+        try:
+            for _ in range(_PADDINGS):
+                begun = clock()
+                await stream.write_frame(word)
+                await stream.write(padding)
+                if clock() - begun > _SLOW_SECONDS:
+                    break
+        except OSError:
+            return  # it has ended; whoever takes it sees that
+        finally:
+            stream.release()
 
     def _expire(self, peer: Host) -> None:
         self._expiry.pop(peer, None)
@@ -153,6 +190,7 @@ class RawPool:
             try:
                 to_us, from_ssh = _pair(undo)
                 from_us, to_ssh = _pair(undo)
+                widen(from_ssh.fileno())
                 fd_err = os.memfd_create("ssh-stderr", os.MFD_CLOEXEC)
                 undo.callback(os.close, fd_err)
                 process = subprocess.Popen(

@@ -25,10 +25,11 @@ from agent.control_frame import (
     encode_error,
 )
 from agent.fd_passing import close_all, receive_fds
-from agent.fdstream import FdStream
+from agent.fdstream import FdStream, widen
 from agent.peer_hello import (
     HELLO_LIMIT_BYTES,
     Hello,
+    Padding,
     Purpose,
     Refusal,
     check_caller,
@@ -240,6 +241,8 @@ class PeerServer:
                     del self._controls[peer]
                     self._control_ended(peer)
         else:
+            for fd in (stream.fd_in, stream.fd_out):
+                widen(fd)
             await self._await_purpose(sock, peer, stream)
 
     def _judge(self, payload: bytes, peer: str) -> Hello:
@@ -255,10 +258,14 @@ class PeerServer:
 
     async def _await_purpose(self, sock: socket.socket, peer: str, stream: FdStream) -> None:
         async with asyncio.timeout(self._bounds.spare_seconds):
-            payload = await stream.read_frame(HELLO_LIMIT_BYTES)
-        if payload is None:
-            return
-        word = decode_word(payload)
+            while True:
+                payload = await stream.read_frame(HELLO_LIMIT_BYTES)
+                if payload is None:
+                    return
+                word = decode_word(payload)
+                if not isinstance(word, Padding):
+                    break
+                await stream.skip(word.size_bytes)
         if not isinstance(word, Purpose):
             raise ValueError("no purpose given")
         fd_in, fd_out = stream.release()

@@ -170,6 +170,13 @@ class CriuCall:
             self._rpc, self._criu_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         return self._criu_end
 
+    def renew(self) -> None:
+        """Forget a criu that was started too early; the next `criu_end` is another's."""
+        for end in (self._rpc, self._criu_end):
+            if end is not None:
+                end.close()
+        self._rpc = self._criu_end = None
+
     def begin(self, request: Request) -> None:
         """Send the request to CRIU, which was started by `spawn_swrk` with `criu_end`."""
         if self._rpc is None or self._criu_end is None:

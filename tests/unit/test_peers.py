@@ -169,9 +169,12 @@ def test_the_bridge_hands_its_stdio_over_and_ends_with_the_socket(tmp_path: Path
     [
         (
             encode_word(Hello(PROTOCOL + 1, "node2", "b")),
-            "protocol 2, this host 1; upgrade migrate here",
+            f"protocol {PROTOCOL + 1}, this host {PROTOCOL}; upgrade migrate here",
         ),
-        (encode_word(Hello(0, "node2", "b")), "protocol 0, this host 1; upgrade migrate there"),
+        (
+            encode_word(Hello(0, "node2", "b")),
+            f"protocol 0, this host {PROTOCOL}; upgrade migrate there",
+        ),
         (encode_word(Hello(PROTOCOL, "node3", "b")), "calls itself node3"),
         (encode_word(Refusal("not\nlisted", "join")), "host node2: not listed; join"),
         (encode_word(Refusal("\x1b[2Jred")), r"host node2: \[2Jred$"),
@@ -187,8 +190,8 @@ def test_a_wrong_answer_is_told_from_every_other(answer: bytes, message: str) ->
 
 
 def test_a_greeting_with_more_fields_is_still_understood() -> None:
-    raw = b"\x85\xa4type\xa5hello\xa8protocol\x01\xa4host\xa5node2\xa7boot_id\xa1b\xa3new\xc0"
-    assert check_answer(raw, "node2") == Hello(1, "node2", "b")
+    raw = b"\x85\xa4type\xa5hello\xa8protocol\x02\xa4host\xa5node2\xa7boot_id\xa1b\xa3new\xc0"
+    assert check_answer(raw, "node2") == Hello(2, "node2", "b")
 
 
 def test_a_caller_must_be_the_host_its_key_belongs_to() -> None:
@@ -373,7 +376,11 @@ def test_without_ssh_this_host_is_to_blame() -> None:
     [
         ("node9", NODE1, "host node2 does not list node9; run `migctl join node9` there"),
         ("node1", Hello(PROTOCOL, "node3", "b"), "the host with its key calls itself node3"),
-        ("node1", Hello(PROTOCOL + 1, "node1", "b"), "it speaks protocol 2, this host 1"),
+        (
+            "node1",
+            Hello(PROTOCOL + 1, "node1", "b"),
+            f"it speaks protocol {PROTOCOL + 1}, this host {PROTOCOL}",
+        ),
     ],
 )
 def test_the_server_refuses_with_the_reason(
@@ -799,7 +806,7 @@ def test_a_missing_migd_is_told(wire: Wire) -> None:
 
 def test_another_version_is_told(wire: Wire) -> None:
     wire.node.server = wire.node.make_server(Hello(PROTOCOL + 1, "node2", "b"))
-    refused(wire, "it speaks protocol 2, this host 1; upgrade migrate here")
+    refused(wire, f"it speaks protocol {PROTOCOL + 1}, this host {PROTOCOL}; upgrade migrate here")
 
 
 def test_a_host_that_is_down_is_told(tmp_path: Path) -> None:
