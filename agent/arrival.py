@@ -184,6 +184,7 @@ class Arrival:
                     inherit_fds=restorer.inherited,
                     shell_job=self._offer.ids.sid != self._offer.ids.pid,
                     log_path=str(self._images / "restore.log"),
+                    view=self._offer.view,
                 )
             )
             self._follow(call, restorer)

@@ -61,6 +61,8 @@ class RestoreRequest(msgspec.Struct, frozen=True, tag="restore"):
     inherit_fds: tuple[InheritFd, ...]
     shell_job: bool
     log_path: str
+    view: tuple[str, ...] = ()
+    """directories of files that may have changed since, by others"""
 
 
 class FeatureRequest(msgspec.Struct, frozen=True, tag="version"):

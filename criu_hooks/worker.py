@@ -26,6 +26,7 @@ from criu_hooks.calls import (
     Request,
     RestoreRequest,
 )
+from criu_hooks.image_files import forget_sizes
 from criu_hooks.images import ImageError, check_rights
 from criu_hooks.log import cause
 
@@ -75,6 +76,7 @@ def _serve(owner: socket.socket) -> Done:
         if isinstance(request, RestoreRequest):
             try:
                 check_rights(fds[1], request.uid, frozenset(request.gids))
+                forget_sizes(fds[1], request.view)
             except ImageError as error:
                 return Done(False, f"the images were refused: {error}")
             finally:

@@ -146,3 +146,36 @@ def test_a_guest_reaches_neither_migd_nor_the_kept_criu(desk: Desk) -> None:
     assert shell.line() == "2"
     desk.enough()
     assert shell.status() == 0
+
+
+READER = """\
+'''Reads the file `log` as it grows, and prints the numbers in it, until one is "enough".'''
+import time
+
+log = open("log")
+while True:
+    line = log.readline()
+    if not line.endswith("\\n"):
+        log.seek(log.tell() - len(line))
+        time.sleep(0.002)
+        continue
+    print(line.split()[1], flush=True)
+    if line.split()[1] == "enough":
+        break
+"""
+
+
+def test_a_log_that_grows_at_home_while_its_reader_moves(desk: Desk) -> None:
+    desk.write("reader.py", READER)
+    _, _ = desk.job("python3 logger.py home")
+    desk.grows("log")
+    shell, pid = desk.job("python3 reader.py >out")
+    for host in ("node2", "node3", "node1", "node3", "node1") * 2:
+        desk.grows("out")
+        desk.move(pid, host)
+    desk.grows("out")
+    desk.enough()
+    desk.nodes.sh("node1", 'sleep 0.1; echo home enough >>"$1/log"', desk.directory)
+    assert shell.status() == 0
+    numbers = desk.read("out").splitlines()
+    assert numbers == [*map(str, range(1, len(numbers))), "enough"]
