@@ -50,12 +50,16 @@ class _Host:
     name: str
     id: int
     last_up: float = 0.0
+    machine: str = ""
+    """as it last said"""
     report: Report | None = None
     reported: float = 0.0
     heard: float = 0.0
     guests: dict[tuple[int, int], int] = field(default_factory=dict)
     claims: list[_Claim] = field(default_factory=list)
     used: tuple[int, int, int] = (0, 0, 0)
+    absent: bool = False
+    """its connection has ended; it may be back before it counts as down"""
     version: int = 0
     """counts changes: entries of the heaps with another one are stale"""
 
@@ -67,6 +71,7 @@ class _Host:
         report = self.report
         return (
             report is not None
+            and not self.absent
             and report.verdict is Verdict.ACCEPTS
             and has_room(self.used, report.slots, priority)
         )
@@ -150,7 +155,9 @@ class LoadBook:
         report.check(host)
         record = self._record(host)
         record.report = report
+        record.machine = report.machine
         record.reported = record.heard = now
+        record.absent = False
         record.last_up = wall or record.last_up
         self._counts["reports"] += 1
         before, record.guests = record.guests, uses(report.guests)
@@ -162,7 +169,18 @@ class LoadBook:
         self._offer(record, now)
 
     def heard(self, host: str, now: float) -> None:
-        self._record(host).heard = now
+        record = self._record(host)
+        record.heard = now
+        if record.absent:
+            record.absent = False
+            self._changed(record)
+            self._offer(record, now)
+
+    def absent(self, host: str) -> None:
+        record = self._hosts.get(host)
+        if record is not None:
+            record.absent = True
+            self._changed(record)
 
     def delete_host(self, host: str) -> None:
         record = self._record(host)
@@ -228,7 +246,7 @@ class LoadBook:
         host.count()
         host.version += 1
         report = host.report
-        if report is None or report.verdict is not Verdict.ACCEPTS:
+        if report is None or host.absent or report.verdict is not Verdict.ACCEPTS:
             return
         entry = (any(host.used), host.reported - report.idle_seconds, host.name, host.version)
         for priority in range(PRIORITIES):
@@ -354,7 +372,7 @@ class LoadBook:
 
     def _machine_of(self, host: str) -> str:
         record = self._hosts.get(host)
-        return record.report.machine if record is not None and record.report is not None else ""
+        return record.machine if record is not None else ""
 
     # ------------------------------------------------------------------ choice and claims
 

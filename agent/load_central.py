@@ -147,6 +147,7 @@ class Central:
         """What there is to tell a member; waits for it. None: we lead no longer."""
         member = self._members[host]
         self._book.heard(host, time.monotonic())
+        member.gone_at = None
         if member.listening is not None and not member.listening.done():
             member.listening.set_result(None)
         if not member.news:
@@ -169,6 +170,7 @@ class Central:
         member = self._members.get(host)
         if member is not None:
             member.gone_at = time.monotonic()
+            self._book.absent(host)
 
     # ------------------------------------------------------------------ clients
 

@@ -46,6 +46,9 @@ class LoadDatabase(Protocol):
     def heard(self, host: str, now: float) -> None:
         """A sign of life."""
 
+    def absent(self, host: str) -> None:
+        """Its connection has ended: it is not chosen until there is a sign of life."""
+
     def delete_host(self, host: str) -> None:
         """Forget a host. :raises UserError: there is none, or it is not down."""
 
