@@ -75,6 +75,7 @@ class CommandStart:
         self._tree.create()
         running = Running()
         theirs: dict[int, int] = {}
+        cgroup = os.open(self._tree.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         reading, writing = os.pipe()
         holders: tuple[int, ...] = ()
         try:
@@ -82,7 +83,7 @@ class CommandStart:
                 listed, ours, end = self._make_pipe(pipe.stream, pipe.outgoing)
                 running.pipes[pipe.stream], running.fds[pipe.stream] = listed, ours
                 theirs.update(dict.fromkeys(pipe.numbers, end))
-            child = _Child(self._offer, self._capsule, self._tree, begin, command, theirs, writing)
+            child = _Child(self._offer, self._capsule, begin, command, theirs, writing)
 
             def spawn(fork: Callable[[], int]) -> int:
                 pid = fork()
@@ -91,7 +92,7 @@ class CommandStart:
                 return pid
 
             ids = self._offer.ids
-            _, holders = spawn_in_session(ids, spawn, self._reactor, ids.pid)
+            _, holders = spawn_in_session(ids, spawn, self._reactor, ids.pid, cgroup)
             os.close(writing)
             writing = -1
             self._await_word(reading)
@@ -103,7 +104,7 @@ class CommandStart:
             _close(running.fds.values())
             raise
         finally:
-            _close({reading, *theirs.values()} | ({writing} if writing >= 0 else set()))
+            _close({cgroup, reading, *theirs.values()} | ({writing} if writing >= 0 else set()))
             _bury(holders)
         return running
 
@@ -141,7 +142,6 @@ class _Child:
         self,
         offer: Offer,
         capsule: Capsule,
-        tree: Cgroup,
         begin: Begin,
         command: Command,
         stdio: dict[int, int],
@@ -149,7 +149,6 @@ class _Child:
     ) -> None:
         self._offer = offer
         self._capsule = capsule
-        self._tree = tree
         self._begin = begin
         self._command = command
         self._stdio = stdio
@@ -174,7 +173,6 @@ class _Child:
         elif ids.pgid == ids.pid:
             os.setpgid(0, 0)
         os.write(self._report, _JOINED)
-        self._tree.add(0)
         self._capsule.enter()
         self._take_stdio()
         if begin.low:

@@ -12,6 +12,7 @@ import os
 import signal
 import struct
 from collections.abc import Callable
+from functools import partial
 
 from agent.link import TreeIds
 from agent.reactor import READ, Reactor
@@ -26,28 +27,34 @@ Fork = Callable[[], int]
 
 
 def spawn_in_session(
-    ids: TreeIds, spawn: Callable[[Fork], int], reactor: Reactor, pid: int | None = None
+    ids: TreeIds,
+    spawn: Callable[[Fork], int],
+    reactor: Reactor,
+    pid: int | None = None,
+    cgroup: int | None = None,
 ) -> tuple[int, tuple[int, ...]]:
     """Start criu as a child of the caller, in the session and group that `ids` name.
 
     :param spawn: forks with the function it is given, and returns the child's pid.
     :param pid: which one the child gets; None: any.
+    :param cgroup: the directory of the one it is born in; None: the caller's.
     :returns: criu's pid, and processes of the caller that only hold the numbers: kill them
         afterwards.
     """
+    born = partial(fork_with_pid, pid, cgroup=cgroup)
     if ids.sid == ids.pid:
-        return spawn(lambda: fork_with_pid(pid)), ()
+        return spawn(born), ()
     if ids.sid == os.getpid():
         if os.getsid(0) != ids.sid:
             os.setsid()
         if ids.pgid in (ids.pid, ids.sid):
-            return spawn(lambda: fork_with_pid(pid)), ()
+            return spawn(born), ()
         group = _hold(ids.pgid, lambda: os.setpgid(0, 0), reactor)
-        return spawn(lambda: _fork_into(group, pid)), (group,)
+        return spawn(lambda: _fork_into(group, born)), (group,)
     reading, writing = os.pipe()
     leader = fork_with_pid(ids.sid)
     if leader == 0:
-        _lead(ids, spawn, writing, pid)
+        _lead(ids, spawn, writing, born)
     os.close(writing)
     try:
         if not wait_for(reactor, reading, READ, _SECONDS):
@@ -61,8 +68,8 @@ def spawn_in_session(
     return criu, (leader, group) if group else (leader,)
 
 
-def _fork_into(group: int, wanted: int | None) -> int:
-    pid = fork_with_pid(wanted)
+def _fork_into(group: int, born: Fork) -> int:
+    pid = born()
     if pid == 0:
         os.setpgid(0, group)
     return pid
@@ -88,7 +95,9 @@ def _hold(pid: int, become: Callable[[], None], reactor: Reactor) -> int:
     return child
 
 
-def _lead(ids: TreeIds, spawn: Callable[[Fork], int], writing: int, wanted: int | None) -> None:
+def _lead(
+    ids: TreeIds, spawn: Callable[[Fork], int], writing: int, born: Callable[..., int]
+) -> None:
     """The child that leads the session: starts criu beside itself, tells, waits to be killed."""
     try:
         os.setsid()
@@ -102,7 +111,7 @@ def _lead(ids: TreeIds, spawn: Callable[[Fork], int], writing: int, wanted: int 
             os.setpgid(group, group)
 
         def fork() -> int:
-            pid = fork_with_pid(wanted, sibling=True)
+            pid = born(sibling=True)
             if pid == 0 and group:
                 os.setpgid(0, group)
             return pid
