@@ -17,6 +17,7 @@ import msgspec
 
 from agent import syscalls
 from agent.cgroups import dissolve
+from agent.forkserver import AGENTS, WORKERS, Birth, ForkServer, bear
 from agent.link import Link, Offer, Packet, connect
 from migrate import paths
 from migrate.framing import MALFORMED
@@ -47,6 +48,7 @@ class Agents:
         self._on_packet = on_packet
         self._on_end = on_end
         self._known: dict[tuple[str, str], Agent] = {}
+        self._servers = (ForkServer(AGENTS), ForkServer(WORKERS))
 
     def find(self, role: str, guest: str) -> Agent | None:
         """The guard or keeper of a guest, if it runs here."""
@@ -58,27 +60,37 @@ class Agents:
 
     def start(self, role: str, guest: str, offer: Offer | None, *words: str) -> Agent:
         """Start one; it outlives migd, so it gets a session of its own."""
+        process: subprocess.Popen[bytes] | None = None
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            process = subprocess.Popen(
-                [sys.executable, "-I", "-m", f"agent.{role}", guest, *words],
-                stdin=theirs.fileno(),
-                stdout=2,
-                cwd="/",
-                start_new_session=True,
-            )
+            born = bear(Birth(role, (guest, *words)), theirs)
+            if born is None:
+                process = subprocess.Popen(
+                    [sys.executable, "-I", "-m", f"agent.{role}", guest, *words],
+                    stdin=theirs.fileno(),
+                    stdout=2,
+                    cwd="/",
+                    start_new_session=True,
+                )
+                born = process.pid, os.pidfd_open(process.pid)
+        self.warm_up()
         agent = self._add(guest, role, Link(ours), offer)
-        agent.pid = process.pid
-        pidfd = os.pidfd_open(process.pid)
+        agent.pid, pidfd = born
 
         def ended() -> None:
             asyncio.get_running_loop().remove_reader(pidfd)
             os.close(pidfd)
-            process.wait()
+            if process is not None:
+                process.wait()
             self._gone(agent)
 
         asyncio.get_running_loop().add_reader(pidfd, ended)
         return agent
+
+    def warm_up(self) -> None:
+        """There will be something to do: have the servers that fork agents and workers run."""
+        for server in self._servers:
+            server.need()
 
     def find_again(self) -> None:
         """After a restart of migd: connect with those that run."""
@@ -131,6 +143,8 @@ class Agents:
 
     def close(self) -> None:
         """Hang up; they run on."""
+        for server in self._servers:
+            server.close()
         for agent in self.all():
             self._hang_up(agent)
 

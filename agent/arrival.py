@@ -28,6 +28,7 @@ from agent.restorer import GuestPipe, Restorer
 from agent.waiting import await_worker, next_event, wait_frozen
 from criu_hooks.calls import CriuCall, Done, RestoreRequest
 from criu_hooks.pages import PageImageWriter, PageStreamError
+from criu_hooks.urgency import urgent
 from migrate.errors import CriuError, HostError, PeerError
 
 log = logging.getLogger(__name__)
@@ -77,6 +78,10 @@ class Arrival:
         :param before_ready: is called before the source may commit: streams must be open by then.
         :raises MigrateError: nothing of it will ever run here; the caller records and says so.
         """
+        with urgent():
+            return self._run(call, before_ready)
+
+    def _run(self, call: CriuCall, before_ready: Callable[[Arrived], None]) -> Arrived:
         self._tree.create()
         await_worker(self._reactor, call, WORKER_SECONDS)
         arrived = self._receive_and_restore(call)

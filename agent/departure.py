@@ -35,6 +35,7 @@ from agent.page_pump import page_sockets, pump_pages
 from agent.reactor import Reactor
 from agent.waiting import await_worker, next_event, wait_frozen
 from criu_hooks.calls import CriuCall, Done, DumpRequest, spawn_swrk
+from criu_hooks.urgency import urgent
 from migrate.errors import CriuError, HostError, MigrateError, PeerError
 
 PREPARE_SECONDS = 30.0
@@ -112,6 +113,10 @@ class Departure:
         :raises MigrateError: nothing has happened, the tree runs as before.
         :raises InDoubt: see there.
         """
+        with urgent():
+            return self._run(call, images)
+
+    def _run(self, call: CriuCall, images: Path) -> Outcome:
         transaction = self._start.offer.transaction
         try:
             reach("source-begun")

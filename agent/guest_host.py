@@ -11,7 +11,7 @@ import socket
 import time
 from pathlib import Path
 
-from agent import capsule, guestwords, syscalls
+from agent import capsule, forkserver, guestwords, syscalls
 from agent.arrival import Arrival, Arrived
 from agent.bulk import Bulk
 from agent.capsule_tree import CapsuleTree
@@ -307,7 +307,7 @@ class GuestHost:
         directory.mkdir(mode=0o700)
         tree = CapsuleTree(self._offer, self._capsule, self._plan, self._hand_over, self._take_back)
         try:
-            with CriuCall() as call:
+            with CriuCall(forkserver.connect(forkserver.WORKERS)) as call:
                 self._journal.record(
                     Entry.begin(
                         offer,

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import msgspec
 
-from agent import syscalls
+from agent import forkserver, syscalls
 from agent.cgroups import Cgroup, dissolve, guest_path, leave_cgroup
 from agent.guest_host import GuestHost
 from agent.home_view import HomeView
@@ -54,7 +54,11 @@ def serve(offer: Offer, link: Link, local: bool) -> None:
         if not local:
             view = HomeView(directory / "view", offer.owner)
         # The worker is made out here: inside it would take a pid that the guest may need.
-        worker = contextlib.nullcontext() if offer.is_command else CriuCall()
+        worker = (
+            contextlib.nullcontext()
+            if offer.is_command
+            else CriuCall(forkserver.connect(forkserver.WORKERS))
+        )
         with worker as call, listen(directory / "keeper.sock") as server:
             _run_inside(offer, link, server, view, images, call)
     finally:

@@ -15,6 +15,7 @@ from agent.peer_errors import PeerUnreachable
 from agent.peer_hello import HELLO_LIMIT_BYTES, Hello, Padding, check_answer, encode_word
 from agent.peer_identity import DEFAULT_IDENTITY, DEFAULT_PATIENCE, Identity, Patience
 from agent.peer_raw import RawConnection, ssh_command
+from criu_hooks.urgency import hurry
 from migrate.config import Host
 from migrate.errors import HostError, MigrateError
 
@@ -203,6 +204,7 @@ class RawPool:
                     start_new_session=True,
                 )
                 undo.callback(process.kill)
+                hurry(process.pid)
                 pidfd = os.pidfd_open(process.pid)
             except OSError as error:
                 raise HostError("ssh", f"cannot start: {error.strerror}") from error

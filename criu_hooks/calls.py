@@ -133,15 +133,18 @@ def spawn_swrk(
 class CriuCall:
     """A worker process, started early so that its imports freeze nobody longer; then one call."""
 
-    def __init__(self) -> None:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
-            self._worker = subprocess.Popen(
-                [sys.executable, "-I", "-m", "criu_hooks.worker"],
-                stdin=theirs.fileno(),
-                close_fds=True,
-            )
-        self._channel = ours
+    def __init__(self, worker: socket.socket | None = None) -> None:
+        """:param worker: the connection with one that runs already; else one is started."""
+        self._worker: subprocess.Popen[bytes] | None = None
+        if worker is None:
+            worker, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            with theirs:
+                self._worker = subprocess.Popen(
+                    [sys.executable, "-I", "-m", "criu_hooks.worker"],
+                    stdin=theirs.fileno(),
+                    close_fds=True,
+                )
+        self._channel = worker
         self._maker = os.getpid()
         self._rpc: socket.socket | None = None
         self._criu_end: socket.socket | None = None
@@ -236,8 +239,8 @@ class CriuCall:
         for end in (self._channel, self._rpc, self._criu_end):
             if end is not None:
                 end.close()
-        if os.getpid() != self._maker:
-            return  # inherited by a fork: the worker is another process's child
+        if self._worker is None or os.getpid() != self._maker:
+            return  # it ends by itself, or is the child of the process that was forked
         if self._worker.poll() is None:
             self._worker.kill()
         self._worker.wait()

@@ -29,6 +29,7 @@ from criu_hooks.calls import (
 from criu_hooks.image_files import forget_sizes
 from criu_hooks.images import ImageError, check_rights
 from criu_hooks.log import cause
+from criu_hooks.urgency import urgent
 
 LOG_LEVEL = 2
 """criu's warnings and errors; more costs time while the process is frozen"""
@@ -115,14 +116,19 @@ def _tell(owner: socket.socket, event: Event) -> None:
     owner.send(msgspec.msgpack.encode(event))
 
 
-def main() -> None:
-    """Serve one call for the owner on stdin."""
-    with socket.socket(fileno=0) as owner:
+def serve(owner: socket.socket) -> None:
+    """Serve one call for the owner at the other end."""
+    with owner, urgent():
         try:
             _tell(owner, Notify(READY))
             _tell(owner, _serve(owner))
         except OSError as error:
             sys.exit(f"criu worker: {error}")
+
+
+def main() -> None:
+    """Serve one call for the owner on stdin."""
+    serve(socket.socket(fileno=0))
 
 
 if __name__ == "__main__":
