@@ -7,7 +7,9 @@ import asyncio
 from agent.journal import Entry, Side, State
 from agent.settling import Settling
 from agent.this_host import OFFER_SECONDS, ThisHost
+from criu_hooks.proc import pid_starttime
 from migrate import messages
+from migrate.errors import MigrateError
 
 
 def list_guests(here: ThisHost, caller_uid: int) -> messages.Guests:
@@ -38,7 +40,17 @@ def list_guests(here: ThisHost, caller_uid: int) -> messages.Guests:
 def _whereabouts(here: ThisHost, entry: Entry) -> str:
     if entry.side is Side.DESTINATION:
         return "guest"
+    if entry.state is State.RESUMED and not _stands(entry):
+        return "rest"
     return "home" if entry.peer == here.name else "away"
+
+
+def _stands(entry: Entry) -> bool:
+    """Whether its deputy is still there: else only background processes are left of the guest."""
+    try:
+        return pid_starttime(entry.pid) == entry.starttime_ticks
+    except (OSError, MigrateError):
+        return False
 
 
 async def recover(

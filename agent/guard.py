@@ -96,6 +96,8 @@ class Guard:
         self._sources: list[PeekSource] = []
         self._verdict: bool | None = None
         self._exit_code: int | None = None
+        self._rest = False
+        """the guest has ended, but left background processes"""
         self._cut_said = False
         self._finished = False
 
@@ -348,27 +350,34 @@ class Guard:
 
     def _deputy_ended(self) -> None:
         """By our word, or killed: then its guest is killed as well."""
+        self._deputy_dead = True
         if self._exit_code is None:
             log.info("%s: the deputy was killed", self._guest)
-            self._deputy_dead = True
             self._to_keeper(guestwords.Kill())
-        else:
-            self._finished = True
+        self._finish_if_over()
 
-    def _end_deputy(self, exit_code: int) -> None:
+    def _end_deputy(self, exit_code: int, rest: bool = False) -> None:
+        """:param rest: the guest has left processes: home stays open for them."""
         assert self._tree is not None and self._start is not None
         self._exit_code = exit_code
-        self._journal.move(
-            self._start.offer.transaction, Side.SOURCE, State.ENDED, after=State.RESUMED
-        )
+        self._rest = rest
         if self._mute is not None:
             self._mute.finish(exit_code)
         elif self._deputy is not None:
             self._deputy.end(exit_code)
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._tree.pid, signal.SIGCONT)  # a stopped deputy hears nothing
-        if self._deputy_dead or process_state(self._tree.pid) is None:
-            self._finished = True
+        self._deputy_dead = self._deputy_dead or process_state(self._tree.pid) is None
+        self._finish_if_over()
+
+    def _finish_if_over(self) -> None:
+        """Over: the guest with all that it has left, and its deputy."""
+        if self._exit_code is None or self._rest:
+            return
+        assert self._start is not None
+        transaction = self._start.offer.transaction
+        self._journal.move(transaction, Side.SOURCE, State.ENDED, after=State.RESUMED)
+        self._finished = self._finished or self._deputy_dead
 
     # ------------------------------------------------------------------ the keepers
 
@@ -393,10 +402,14 @@ class Guard:
                     self._deputy.stop(number)
             case guestwords.Continued():
                 self._guest_stopped = 0
-            case guestwords.Ended(exit_code, offsets):
-                log.info("%s: ended (%d)", self._guest, exit_code)
+            case guestwords.Ended(exit_code, offsets, rest):
+                log.info("%s: ended (%d)%s", self._guest, exit_code, ", not all" if rest else "")
                 self._set_offsets(offsets)
-                self._end_deputy(exit_code)
+                self._end_deputy(exit_code, rest)
+            case guestwords.Emptied() if self._rest:
+                log.info("%s: the rest has ended", self._guest)
+                self._rest = False
+                self._finish_if_over()
 
     def _command_says(
         self, command: CommandHome, word: guestwords.Prepared | guestwords.NotStarted
@@ -432,7 +445,7 @@ class Guard:
                 os.lseek(file.fd, positions[file.number], os.SEEK_SET)
 
     def _cut(self, line: HomeLine, reason: PeerError) -> None:
-        if self._exit_code is None and line in (self._line, self._next):
+        if (self._exit_code is None or self._rest) and line in (self._line, self._next):
             log.warning("%s: connection with %s: %s", self._guest, line.host, reason.reason)
             self._say(NeedLifeline(line.host))
             if self._command is not None:
@@ -480,6 +493,10 @@ class Guard:
                 if self._command is not None and self._line is not None:
                     self._command.complain(lost_line(self._line.host))
                 self._end_deputy(LOST_EXIT_CODE)
+            case GuestLost(reason) if self._rest:
+                log.warning("%s: the rest is lost: %s", self._guest, reason)
+                self._rest = False
+                self._finish_if_over()
             case Verdict(resumed):
                 self._verdict = resumed
             case _:

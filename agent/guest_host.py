@@ -19,6 +19,7 @@ from agent.cgroups import Cgroup, guest_path
 from agent.command_start import CommandStart, NotExecuted
 from agent.departure import Departure, InDoubt, Outcome, failure_words
 from agent.endpoints import Duplex, FdSource, MeteredSink
+from agent.fd_passing import close_all
 from agent.home_share import plan_root
 from agent.home_view import HomeView
 from agent.journal import Entry, Journal, Side, State
@@ -42,6 +43,7 @@ from agent.link import (
 )
 from agent.programs import programs_here
 from agent.reactor import READ, Reactor
+from agent.rest import RestWatch
 from agent.view_server import VIEW_WINDOW
 from agent.waiting import wait_until
 from agent.wire import ProtocolError, Receiver, Stream
@@ -103,6 +105,9 @@ class GuestHost:
         self._command = bytearray()
         self._exit_code: int | None = None
         self._told_end = False
+        self._marks: dict[int, int] = {}
+        """stream → how much of it must be at home before the next word about an end"""
+        self._rest: RestWatch | None = None
         self._finished = False
         self._frozen_for_cut = False
         self._hop: tuple[StartDeparture, list[int]] | None = None
@@ -302,6 +307,10 @@ class GuestHost:
         """The next hop; whatever fails before the commit leaves the guest running here."""
         assert self._capsule is not None
         offer = start.offer
+        if self._exit_code is not None:
+            close_all(fds)
+            self._say(Failed(offer.transaction, f"guest {self._guest}", "has ended", ""))
+            return
         bulk = Bulk(self._reactor, start.destination, fds[0], fds[1], offer.freeze_limit_seconds)
         directory = self._images / "dump"
         directory.mkdir(mode=0o700)
@@ -421,10 +430,10 @@ class GuestHost:
         if self._criu:
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(self._criu, os.WNOHANG)
-        if os.getpid() == 1:
-            for pid in self._tree.pids():
-                with contextlib.suppress(ChildProcessError):
-                    os.waitpid(pid, os.WNOHANG)
+        if os.getpid() == 1 and self._told_end:
+            with contextlib.suppress(ChildProcessError):
+                while os.waitpid(-1, os.WNOHANG)[0]:
+                    pass  # orphans are ours; nobody else waits for a child any more
 
     def _changed(self, status: int) -> None:
         if os.WIFSTOPPED(status):
@@ -446,16 +455,44 @@ class GuestHost:
         if self._awaiting:
             self._reactor.call_later(END_POLL_SECONDS, self._tell_end)
             return
-        for source in self._sources.values():
-            source.drain()
-        for sink in self._sinks.values():
-            sink.settle()
-        senders = [self._lifeline.open(number).sender for number in self._listed]
-        if any(not sender.reset and sender.acked < sender.end for sender in senders):
+        if not self._output_is_home():
             self._reactor.call_later(END_POLL_SECONDS, self._tell_end)
             return
         self._told_end = True
-        self._to_guard(guestwords.Ended(self._exit_code, self._offsets()))
+        rest = self._tree.populated
+        self._to_guard(guestwords.Ended(self._exit_code, self._offsets(), rest))
+        if rest:
+            log.info("%s: has left processes, which live on", self._guest)
+            self._rest = RestWatch(self._reactor, self._tree, self._tell_empty)
+        else:
+            self._leave()
+
+    def _output_is_home(self) -> bool:
+        """Whether all that had been written when this was first asked has arrived."""
+        assert self._lifeline is not None
+        senders = {number: self._lifeline.open(number).sender for number in self._listed}
+        if not self._marks:
+            for source in self._sources.values():
+                source.drain()
+            for sink in self._sinks.values():
+                sink.settle()
+            self._marks = {number: sender.end for number, sender in senders.items()}
+        if any(not s.reset and s.acked < self._marks[n] for n, s in senders.items()):
+            return False
+        self._marks = {}
+        return True
+
+    def _tell_empty(self) -> None:
+        """The last of the processes that an ended guest had left has ended."""
+        if not self._output_is_home():
+            self._reactor.call_later(END_POLL_SECONDS, self._tell_empty)
+            return
+        log.info("%s: the rest has ended", self._guest)
+        self._rest = None
+        self._to_guard(guestwords.Emptied())
+        self._leave()
+
+    def _leave(self) -> None:
         self._journal.move(
             self._offer.transaction, Side.DESTINATION, State.ENDED, after=State.RESUMED
         )
@@ -499,23 +536,36 @@ class GuestHost:
                         self._lifeline.open(pipe.stream)
                 self._begin = word
             case guestwords.Kill():
-                self._tree.kill()
-                self._finished = self._finished or not self._born
+                self._kill()
             case guestwords.GoOn(positions):
                 self._go_on(positions)
         return True
 
+    def _kill(self) -> None:
+        """What happened to the deputy happens to the root alone, as at home."""
+        if not self._born:
+            self._tree.kill()
+            self._finished = True
+        elif self._exit_code is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._offer.ids.pid, signal.SIGKILL)
+
     def _cut(self, reason: PeerError) -> None:
         """Cut off is not dead, but a guest must not run on unseen for ever (invariant 7)."""
-        if self._exit_code is None and not self._gone_on:
+        if self._alive and not self._gone_on:
             log.warning("%s: lifeline: %s", self._guest, reason.reason)
             self._say(LifelineCut())
             silent = time.monotonic() - (self._lifeline.last_heard if self._lifeline else 0)
             patience = max(0.0, self._offer.cut_freeze_seconds - silent)
             self._reactor.call_later(patience, self._freeze_if_cut)
 
+    @property
+    def _alive(self) -> bool:
+        """Whether the guest, or what it has left, lives."""
+        return self._exit_code is None or self._rest is not None
+
     def _freeze_if_cut(self) -> None:
-        running = self._born and self._exit_code is None
+        running = self._born and self._alive
         if running and not self._lifeline_up() and not self._handing_over and not self._gone_on:
             log.warning("%s: frozen, home is silent", self._guest)
             self._frozen_for_cut = True

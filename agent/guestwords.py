@@ -134,10 +134,16 @@ class Ended(msgspec.Struct, frozen=True, tag="ended"):
     exit_code: int
     offsets: tuple[tuple[int, int], ...] = ()
     """descriptor and position of each file that home shares"""
+    rest: bool = False
+    """it has left background processes, which live on; `Emptied` comes when they have ended"""
+
+
+class Emptied(msgspec.Struct, frozen=True, tag="emptied"):
+    """keeper → guard: the last process that an ended guest had left has ended, too."""
 
 
 ToKeeper = Signal | Kill | GoOn | Begin
-ToGuard = Started | Stopped | Continued | Ended | Prepared | NotStarted
+ToGuard = Started | Stopped | Continued | Ended | Emptied | Prepared | NotStarted
 
 encode = msgspec.msgpack.Encoder().encode
 decode_for_keeper: Callable[[bytes], ToKeeper] = msgspec.msgpack.Decoder(ToKeeper).decode
