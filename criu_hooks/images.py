@@ -17,6 +17,8 @@ _MAGICS = struct.pack("=II", 0x54564319, 0x55053847)
 """Common and core. An inventory may ask CRIU to expect the second alone (img_version 1): with the
 first in its place such an image is refused by CRIU instead of read four bytes earlier than here."""
 MAX_MESSAGE_BYTES = 1 << 24
+TASK_DEAD = 2
+"""A zombie (compel's task-state.h)."""
 
 
 class ImageError(Exception):
@@ -62,6 +64,8 @@ def _messages(directory_fd: int, name: str) -> Iterator[bytes]:
 
 
 def _check(name: str, core: core_pb2.core_entry, uid: int, gids: frozenset[int]) -> None:
+    if core.tc.task_state == TASK_DEAD:
+        return  # CRIU makes a process that only ends as this one did; it has no owner any more
     if not core.HasField("thread_core") or not core.thread_core.HasField("creds"):
         raise ImageError(f"{name} names no owner")
     creds = core.thread_core.creds

@@ -41,6 +41,13 @@ def image(messages: Iterable[bytes], magics: bytes = struct.pack("=II", COMMON, 
     return magics + b"".join(struct.pack("=I", len(text)) + text for text in messages)
 
 
+def zombie(entry: Any) -> None:
+    """CRIU's image of a child that has ended and is not waited for yet."""
+    entry.ClearField("thread_core")
+    entry.tc.task_state = 2
+    entry.tc.exit_code = 0
+
+
 def check(directory: Path) -> None:
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -150,3 +157,9 @@ def test_a_link_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / "core-1.img").symlink_to("elsewhere")
     with pytest.raises(OSError):
         check(tmp_path)
+
+
+def test_a_zombie_needs_no_owner(tmp_path: Path) -> None:
+    (tmp_path / "core-7.img").write_bytes(image([core()]))
+    (tmp_path / "core-8.img").write_bytes(image([core(zombie)]))
+    check(tmp_path)
