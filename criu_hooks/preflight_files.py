@@ -24,6 +24,11 @@ _PROC_OF = re.compile(r"^/proc/(\d+)(/|$)")
 _HAVE_MOUNTS = frozenset(
     {FileKind.REGULAR, FileKind.DIRECTORY, FileKind.FIFO, FileKind.CHAR, FileKind.BLOCK}
 )
+_SHARED_MEMORY = "/dev/shm/"
+_NAMED_MEMORY = (
+    "is named shared memory, which lies in this host's /dev/shm",
+    "unlink its name when all have opened it, or make the program use a file",
+)
 _MECHANISMS = {"FLOCK": "flock", "POSIX": "fcntl", "OFDLCK": "open file description"}
 _REFUSED = {
     FileKind.NETLINK: (
@@ -100,6 +105,8 @@ def _of_file(
         yield from _of_pidfd(file, tree)
     if file.info.descriptors_in_flight:
         yield "has descriptors on their way through it", "try again when they have arrived"
+    if file.target.startswith(_SHARED_MEMORY) and not file.deleted:
+        yield _NAMED_MEMORY
     yield from _of_path(file, tree, around)
     yield from _of_deleted(file, policy)
     yield from _of_locks(file, policy)
@@ -175,6 +182,8 @@ def _of_mapping(file: MappedFile, policy: Policy) -> Iterator[tuple[str, str]]:
             "is System V shared memory, which belongs to this host",
             "use POSIX shared memory or mmap instead",
         )
+    elif file.path.startswith(_SHARED_MEMORY) and not file.deleted:
+        yield _NAMED_MEMORY
     elif file.path == "[uprobes]":
         yield "has probes set in its code (uprobes)", "end the tracing tool, restart the program"
     elif file.path.startswith(("anon_inode:", "socket:")) or _is_device(file):

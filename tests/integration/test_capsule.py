@@ -179,3 +179,27 @@ def test_a_log_that_grows_at_home_while_its_reader_moves(desk: Desk) -> None:
     assert shell.status() == 0
     numbers = desk.read("out").splitlines()
     assert numbers == [*map(str, range(1, len(numbers))), "enough"]
+
+
+@pytest.mark.parametrize("use", ["open", "mapped"])
+def test_named_shared_memory_is_refused_by_name(desk: Desk, use: str) -> None:
+    name = f"/dev/shm/own-{desk.name}"
+    desk.write(
+        "memory.py",
+        "import mmap, os, sys, time\n"
+        "file = open(sys.argv[1], 'w+b')\n"
+        "file.truncate(4096)\n"
+        "if sys.argv[2] == 'mapped':\n"
+        "    memory = mmap.mmap(file.fileno(), 4096)\n"
+        "    file.close()\n"
+        "print('ready', flush=True)\n"
+        "while not os.path.exists('enough'): time.sleep(0.01)\n"
+        "os.unlink(sys.argv[1])\n",
+    )
+    shell, pid = desk.job(f"python3 memory.py {name} {use}")
+    assert shell.line() == "ready"
+    told = desk.migrate("-p", str(pid), "-h", "node2")
+    assert told.status == 125
+    assert name in told.stderr and "named shared memory" in told.stderr
+    desk.enough()
+    assert shell.status() == 0
