@@ -22,9 +22,19 @@ from agent.cgroups import Cgroup, QuickMoves, guest_path
 from agent.faults import reach
 from agent.identity import take_identity
 from agent.journal import Journal, Side, State
-from agent.link import Commit, Dumped, Offer, Planned, Prepared, Ready, Resumed
+from agent.link import (
+    Commit,
+    Dumped,
+    Offer,
+    Planned,
+    Prepared,
+    Ready,
+    Resumed,
+    TerminalState,
+)
 from agent.reactor import Reactor
 from agent.restorer import GuestPipe, Restorer
+from agent.terminal import TERMINAL_SIGNALS, FarTerminal
 from agent.waiting import await_worker, next_event, wait_frozen
 from criu_hooks.calls import CriuCall, Done, RestoreRequest
 from criu_hooks.pages import PageImageWriter, PageStreamError
@@ -61,6 +71,7 @@ class Arrival:
         bulk: Bulk,
         capsule: Capsule,
         images: Path,
+        terminal: FarTerminal | None = None,
     ) -> None:
         self._reactor = reactor
         self._journal = journal
@@ -68,6 +79,7 @@ class Arrival:
         self._bulk = bulk
         self._capsule = capsule
         self._images = images
+        self._terminal = terminal
         self._tree = Cgroup(guest_path("keeper", offer.guest, "tree"))
         self._own = Cgroup(guest_path("keeper", offer.guest, "own"))
         self._received_at = 0.0
@@ -170,6 +182,8 @@ class Arrival:
             self._enter,
             plan.pipes,
             plan.tids,
+            self._terminal,
+            self._offer.terminal is not None and self._offer.terminal.controlling,
         )
 
     def _tids_in_images(self) -> tuple[int, ...]:
@@ -180,16 +194,20 @@ class Arrival:
     def _restore(self, call: CriuCall, restorer: Restorer, dumped: Dumped) -> Arrived:
         restorer.set_sizes(dumped.pipes)
         images_fd = os.open(self._images, os.O_RDONLY | os.O_DIRECTORY)
+        terminal = dumped.terminal or TerminalState()
+        ids = self._offer.ids
         try:
             call.begin(
                 RestoreRequest(
                     images_fd=images_fd,
                     uid=self._offer.owner.uid,
                     gids=(self._offer.owner.gid, *self._offer.owner.groups),
-                    inherit_fds=restorer.inherited,
-                    shell_job=self._offer.ids.sid != self._offer.ids.pid,
+                    inherit_fds=restorer.inherited(terminal.keys),
+                    shell_job=ids.sid != ids.pid,
                     log_path=str(self._images / "restore.log"),
                     view=self._offer.view,
+                    session_leader=ids.pid if ids.sid == ids.pid else 0,
+                    foreground=terminal.foreground,
                 )
             )
             self._follow(call, restorer)
@@ -197,12 +215,14 @@ class Arrival:
             os.close(images_fd)
         if not wait_frozen(self._reactor, self._tree, self._offer.freeze_limit_seconds):
             raise HostError("cgroup", "the restored tree did not freeze")
+        if self._terminal is not None:
+            self._terminal.restore(terminal)
         return Arrived(restorer.pid, dumped, restorer.pipes, self._copy_files(dumped))
 
     def _enter(self) -> None:
         signal.set_wakeup_fd(-1)
-        for number in (signal.SIGCHLD, signal.SIGPIPE, signal.SIGINT):
-            signal.signal(number, signal.SIG_DFL)
+        for ignored in (signal.SIGCHLD, signal.SIGPIPE, *TERMINAL_SIGNALS):
+            signal.signal(ignored, signal.SIG_DFL)
         self._tree.add(0)
         self._capsule.enter()
         take_identity(self._offer.owner.uid, self._offer.owner.gid)

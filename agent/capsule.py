@@ -20,6 +20,7 @@ from agent.syscalls import (
     CLONE_NEWIPC,
     CLONE_NEWNS,
     CLONE_NEWUTS,
+    MS_BIND,
     MS_NODEV,
     MS_NOEXEC,
     MS_NOSUID,
@@ -54,19 +55,22 @@ class Capsule:
             os.close(fd)
 
 
-def build(reactor: Reactor, hostname: str, plan: RootPlan | None, new_root: Path) -> Capsule:
+def build(
+    reactor: Reactor, hostname: str, plan: RootPlan | None, new_root: Path, devpts: Path
+) -> Capsule:
     """Make a capsule; the caller lives in the new pid namespace already.
 
     :param reactor: goes on turning meanwhile.
     :param plan: what comes from home; None at home itself.
     :param new_root: an empty directory to build the capsule's root on.
+    :param devpts: where the guest's own instance of devpts is mounted.
     :raises HostError: with the step that failed.
     """
     ours, theirs = socket.socketpair()
     with ours, theirs:
         pid = os.fork()
         if pid == 0:
-            _inside(theirs, hostname, plan, new_root)
+            _inside(theirs, hostname, plan, new_root, devpts)
         theirs.close()
         try:
             # The view that is mounted there is served by this very process.
@@ -81,7 +85,9 @@ def build(reactor: Reactor, hostname: str, plan: RootPlan | None, new_root: Path
             os.waitpid(pid, 0)
 
 
-def _inside(report: socket.socket, hostname: str, plan: RootPlan | None, new_root: Path) -> None:
+def _inside(
+    report: socket.socket, hostname: str, plan: RootPlan | None, new_root: Path, devpts: Path
+) -> None:
     """The builder: a child that sets everything up, hands over handles, and ends."""
     status = 1
     step = "namespaces"
@@ -91,6 +97,8 @@ def _inside(report: socket.socket, hostname: str, plan: RootPlan | None, new_roo
         syscalls.mount("", Path("/"), flags=MS_REC | MS_SLAVE)
         step = f"host name {hostname}"
         socket.sethostname(hostname)
+        step = "/dev/pts"
+        syscalls.mount(str(devpts), Path("/dev/pts"), flags=MS_BIND)
         if plan is None:
             step = "/proc"
             syscalls.mount("proc", Path("/proc"), "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC)

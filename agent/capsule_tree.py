@@ -25,6 +25,7 @@ class CapsuleTree:
         plan: Callable[[], Planned],
         describe: Callable[[], Dumped],
         resume: Callable[[], None],
+        terminal_keys: tuple[str, ...] = (),
     ) -> None:
         self.pid = offer.ids.pid
         self.shell_job = offer.ids.sid != offer.ids.pid
@@ -34,6 +35,7 @@ class CapsuleTree:
         self._plan = plan
         self._describe = describe
         self._resume = resume
+        self.terminal_keys = terminal_keys
 
     def plan(self) -> Planned:
         """See the class."""

@@ -60,6 +60,10 @@ class Original(Protocol):
     def shell_job(self) -> bool:
         """the root leads no session of its own"""
 
+    @property
+    def terminal_keys(self) -> tuple[str, ...]:
+        """CRIU's names of the tree's terminal"""
+
     def plan(self) -> Planned:
         """What will probably be Dumped; nothing is frozen yet. Raises MigrateError: it cannot move."""
 
@@ -218,6 +222,7 @@ class Departure:
                         ghost_limit_bytes=self._start.ghost_limit_bytes,
                         shell_job=self._original.shell_job,
                         log_path=str(images / "dump.log"),
+                        external=self._original.terminal_keys,
                     )
                 )
                 theirs.close()

@@ -11,9 +11,18 @@ from pathlib import Path
 
 from agent import guestwords
 from agent.cgroups import Cgroup, guest_path, of_process
+from agent.home_terminal import process_stat, sharers
 from agent.identity import take_identity
-from agent.link import Dumped, Planned, StartDeparture, StreamPipe
+from agent.link import (
+    Dumped,
+    OfferedTerminal,
+    Planned,
+    StartDeparture,
+    StreamPipe,
+    TerminalState,
+)
 from agent.syscalls import pidfd_getfd
+from agent.terminal import criu_keys
 from criu_hooks.fds import FileKind
 from criu_hooks.pipes import ExternalPipe
 from criu_hooks.preflight import examine
@@ -28,6 +37,47 @@ class HomeFile:
 
     number: int
     fd: int
+
+
+class FreshTerminal:
+    """Home's terminal of the tree."""
+
+    def __init__(self, pid: int, index: int) -> None:
+        """:raises UserError: it was closed meanwhile."""
+        self._pid = pid
+        self.in_front = False
+        """its keys go to the guest from the start"""
+        self._alone = False
+        try:
+            flags = os.O_RDWR | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+            self._fd = os.open(f"/dev/pts/{index}", flags)
+        except OSError as error:
+            raise UserError(f"pid {pid}", f"its terminal: {error.strerror}") from None
+        self.keys = criu_keys(self._fd)
+
+    def gather(self, tree: ProcessTree) -> None:
+        """Before the freeze: who shares the foreground with it."""
+        self._alone = not sharers(self._pid, tree.pids)[1]
+
+    def describe(self, tree: ProcessTree, offered: OfferedTerminal) -> TerminalState:
+        """Of the frozen tree."""
+        stat = process_stat(self._pid)
+        foreground = stat.foreground if offered.controlling and stat is not None else 0
+        if foreground not in {process.pgid for process in tree.members}:
+            foreground = 0
+        if not self._alone or tree.root.state == "T":
+            foreground = 0
+        self.in_front = foreground > 0
+        return TerminalState(self.keys, foreground, reading=self.in_front)
+
+    def release(self) -> int:
+        """Its descriptor, the caller's from now on."""
+        fd, self._fd = self._fd, -1
+        return fd
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self.release())
 
 
 class FreshTree:
@@ -55,6 +105,13 @@ class FreshTree:
         self.stdio: dict[int, list[int]] = {}
         """stream → the root's descriptors, of those that the deputy keeps"""
         self.pending: list[int] = []
+        self.terminal: FreshTerminal | None = None
+        if start.offer.terminal is not None:
+            self.terminal = FreshTerminal(self.pid, start.offer.terminal.index)
+
+    @property
+    def terminal_keys(self) -> tuple[str, ...]:
+        return self.terminal.keys if self.terminal is not None else ()
 
     def plan(self) -> Planned:
         tree = ProcessTree.capture(self.pid)
@@ -77,8 +134,11 @@ class FreshTree:
         self.cgroup.create()
         known: set[int] = set()
         while True:
-            members = [p.pid for p in ProcessTree.capture(self.pid).members]
+            tree = ProcessTree.capture(self.pid)
+            members = [process.pid for process in tree.members]
             if not set(members) - known:
+                if self.terminal is not None:
+                    self.terminal.gather(tree)
                 return
             for pid in members:
                 with contextlib.suppress(ProcessLookupError):
@@ -100,7 +160,11 @@ class FreshTree:
             raise obstacles[0].error()
         self.pending = pending_signals(self.pid)
         self._copy_descriptors(tree)
-        return Dumped(pipes=self.pipe_list, files=tuple(file.number for file in self.files))
+        terminal = None
+        if self.terminal is not None and self._start.offer.terminal is not None:
+            terminal = self.terminal.describe(tree, self._start.offer.terminal)
+        files = tuple(file.number for file in self.files)
+        return Dumped(pipes=self.pipe_list, files=files, terminal=terminal)
 
     def _copy_descriptors(self, tree: ProcessTree) -> None:
         listed: list[StreamPipe] = []
@@ -133,6 +197,8 @@ class FreshTree:
             os.close(fd)
         self.pipes.clear()
         self.files.clear()
+        if self.terminal is not None:
+            self.terminal.close()
         put_back(self.cgroup, self.origin)
 
 

@@ -33,6 +33,7 @@ from agent.deputy_link import (
 from agent.endpoints import End, FdSink, PeekSource
 from agent.fresh_tree import FreshTree, put_back
 from agent.home_line import HomeLine
+from agent.home_terminal import HomeTerminal
 from agent.injection import DeputyProgram, MuteDeputy, become_deputy
 from agent.journal import Entry, Journal, Side, State
 from agent.lifeline import CONTROL
@@ -54,6 +55,7 @@ from agent.link import (
     take_stdin,
 )
 from agent.reactor import READ, Reactor
+from agent.terminal import TERMINAL_WINDOW
 from agent.waiting import wait_until
 from criu_hooks.calls import CriuCall
 from migrate import paths
@@ -94,6 +96,7 @@ class Guard:
         self._closed_fds: set[int] = set()
         self._sinks: list[FdSink] = []
         self._sources: list[PeekSource] = []
+        self._terminal: HomeTerminal | None = None
         self._verdict: bool | None = None
         self._exit_code: int | None = None
         self._rest = False
@@ -241,11 +244,23 @@ class Guard:
 
     def _open_streams(self, numbers: list[int]) -> None:
         assert self._line is not None
+        if self._start is not None and self._start.offer.terminal is not None:
+            self._line.lifeline.open(guestwords.TERMINAL_STREAM, TERMINAL_WINDOW)
         for number in numbers:
             self._line.lifeline.open(number)
 
     def _connect_streams(self, tree: FreshTree) -> None:
         assert self._line is not None
+        if tree.terminal is not None:
+            self._terminal = HomeTerminal(
+                self._reactor,
+                self._line.lifeline.open(guestwords.TERMINAL_STREAM, TERMINAL_WINDOW),
+                tree.terminal.release(),
+                tree.pid,
+                self._to_keeper,
+                lambda: self._line is not None and self._line.lifeline.up,
+            )
+            self._terminal.start(in_front=tree.terminal.in_front)
         for pipe in tree.pipe_list:
             stream = self._line.lifeline.open(pipe.stream)
             fd = tree.pipes.pop(pipe.stream)
@@ -331,9 +346,16 @@ class Guard:
                     elif self._guest_stopped and not self._deputy_stopped:
                         self._deputy.stop(self._guest_stopped)
                 case Signalled(number, value):
+                    if self._terminal is not None:
+                        if number == signal.SIGCONT:
+                            self._terminal.continued()
+                        elif self._terminal.look() and number == signal.SIGWINCH:
+                            continue  # the far terminal tells all of the guest
                     self._to_keeper(guestwords.Signal(number, value))
                 case Continued():
                     self._guest_stopped = 0
+                    if self._terminal is not None:
+                        self._terminal.continued()
                     self._to_keeper(guestwords.Signal(signal.SIGCONT))
                 case Broken():
                     self._drop_deputy()
@@ -353,14 +375,23 @@ class Guard:
         self._deputy_dead = True
         if self._exit_code is None:
             log.info("%s: the deputy was killed", self._guest)
+            if self._terminal is not None and self._start is not None:
+                self._terminal.deputy_died(self._start.offer.ids.sid)
             self._to_keeper(guestwords.Kill())
         self._finish_if_over()
 
-    def _end_deputy(self, exit_code: int, rest: bool = False) -> None:
+    def _end_deputy(
+        self,
+        exit_code: int,
+        rest: bool = False,
+        left: guestwords.TerminalLeft | None = None,
+    ) -> None:
         """:param rest: the guest has left processes: home stays open for them."""
         assert self._tree is not None and self._start is not None
         self._exit_code = exit_code
         self._rest = rest
+        if self._terminal is not None:
+            self._terminal.left(left)
         if self._mute is not None:
             self._mute.finish(exit_code)
         elif self._deputy is not None:
@@ -395,17 +426,22 @@ class Guard:
         match word:
             case guestwords.Prepared() | guestwords.NotStarted() if self._command is not None:
                 self._command_says(self._command, word)
-            case guestwords.Stopped(number, offsets):
+            case guestwords.Stopped(number, offsets, left):
                 self._set_offsets(offsets)
+                if self._terminal is not None:
+                    if self._terminal.wanted(number):
+                        self._to_keeper(guestwords.Signal(signal.SIGCONT))
+                        return
+                    self._terminal.left(left)
                 self._guest_stopped = number
                 if self._deputy is not None and not self._deputy_stopped:
                     self._deputy.stop(number)
             case guestwords.Continued():
                 self._guest_stopped = 0
-            case guestwords.Ended(exit_code, offsets, rest):
+            case guestwords.Ended(exit_code, offsets, rest, left):
                 log.info("%s: ended (%d)%s", self._guest, exit_code, ", not all" if rest else "")
                 self._set_offsets(offsets)
-                self._end_deputy(exit_code, rest)
+                self._end_deputy(exit_code, rest, left)
             case guestwords.Emptied() if self._rest:
                 log.info("%s: the rest has ended", self._guest)
                 self._rest = False
@@ -447,6 +483,8 @@ class Guard:
     def _cut(self, line: HomeLine, reason: PeerError) -> None:
         if (self._exit_code is None or self._rest) and line in (self._line, self._next):
             log.warning("%s: connection with %s: %s", self._guest, line.host, reason.reason)
+            if self._terminal is not None and line is self._line:
+                self._terminal.cut_off()
             self._say(NeedLifeline(line.host))
             if self._command is not None:
                 self._reactor.call_later(CUT_SECONDS, lambda: self._say_cut(line))
@@ -514,6 +552,8 @@ class Guard:
             link.send(packet)
 
     def _give_back(self) -> None:
+        if self._terminal is not None:
+            self._terminal.close()
         for sink in self._sinks:
             sink.close()
         for source in self._sources:

@@ -44,6 +44,7 @@ from agent.link import (
 from agent.programs import programs_here
 from agent.reactor import READ, Reactor
 from agent.rest import RestWatch
+from agent.terminal import TERMINAL_WINDOW, FarTerminal
 from agent.view_server import VIEW_WINDOW
 from agent.waiting import wait_until
 from agent.wire import ProtocolError, Receiver, Stream
@@ -73,6 +74,8 @@ class GuestHost:
         view: HomeView | None,
         images: Path,
         call: CriuCall | None,
+        devpts: Path,
+        terminal: FarTerminal | None,
     ) -> None:
         self._offer = offer
         self._guest = offer.guest
@@ -81,6 +84,8 @@ class GuestHost:
         self._view = view
         self._images = images
         self._call = call
+        self._devpts = devpts
+        self._terminal = terminal
         self._reactor = Reactor()
         self._journal = Journal()
         self._tree = Cgroup(guest_path("keeper", offer.guest, "tree"))
@@ -149,7 +154,13 @@ class GuestHost:
         assert self._bulk is not None
         self._capsule = self._build_capsule()
         arrival = Arrival(
-            self._reactor, self._journal, self._offer, self._bulk, self._capsule, self._images
+            self._reactor,
+            self._journal,
+            self._offer,
+            self._bulk,
+            self._capsule,
+            self._images,
+            self._terminal,
         )
         arrived = arrival.run(call, self._open_streams)
         log.info("%s: %s resumed here", self._offer.transaction, self._guest)
@@ -172,7 +183,7 @@ class GuestHost:
         if self._view is not None:
             plan = plan_root(self._offer, programs_here(), self._view.mountpoint)
         root = self._images.with_name("root")
-        return capsule.build(self._reactor, self._offer.hostname, plan, root)
+        return capsule.build(self._reactor, self._offer.hostname, plan, root, self._devpts)
 
     def _lifeline_up(self) -> bool:
         return self._lifeline is not None and self._lifeline.up
@@ -191,9 +202,14 @@ class GuestHost:
             self._fds[number] = pipe.our_fd
             if number not in self._awaiting:
                 self._lifeline.open(number)
+        if self._terminal is not None and guestwords.TERMINAL_STREAM not in self._awaiting:
+            self._lifeline.open(guestwords.TERMINAL_STREAM, TERMINAL_WINDOW)
 
     def _connect_pipes(self) -> None:
         assert self._lifeline is not None
+        if self._terminal is not None:
+            stream = self._lifeline.open(guestwords.TERMINAL_STREAM, TERMINAL_WINDOW)
+            self._terminal.connect(self._reactor, stream)
         for number, listed in self._listed.items():
             stream = self._lifeline.open(number)
             fd = self._fds[number]
@@ -314,7 +330,10 @@ class GuestHost:
         bulk = Bulk(self._reactor, start.destination, fds[0], fds[1], offer.freeze_limit_seconds)
         directory = self._images / "dump"
         directory.mkdir(mode=0o700)
-        tree = CapsuleTree(self._offer, self._capsule, self._plan, self._hand_over, self._take_back)
+        keys = self._terminal.keys if self._terminal is not None else ()
+        tree = CapsuleTree(
+            self._offer, self._capsule, self._plan, self._hand_over, self._take_back, keys
+        )
         try:
             with CriuCall(forkserver.connect(forkserver.WORKERS)) as call:
                 self._journal.record(
@@ -385,11 +404,18 @@ class GuestHost:
             source.drain()
         for sink in self._sinks.values():
             sink.settle()
-        states = tuple(self._lifeline.open(number).export() for number in self._listed)
-        return Dumped(self._open_pipes(), tuple(self._files), states)
+        terminal = None
+        numbers = [*self._listed]
+        if self._terminal is not None:
+            terminal = self._terminal.hand_over()
+            numbers.append(guestwords.TERMINAL_STREAM)
+        states = tuple(self._lifeline.open(number).export() for number in numbers)
+        return Dumped(self._open_pipes(), tuple(self._files), states, terminal)
 
     def _take_back(self) -> None:
         self._handing_over = False
+        if self._terminal is not None:
+            self._terminal.take_back()
         if self._lifeline is not None:
             self._lifeline.mux.retry_messages()
 
@@ -437,13 +463,21 @@ class GuestHost:
 
     def _changed(self, status: int) -> None:
         if os.WIFSTOPPED(status):
-            self._to_guard(guestwords.Stopped(os.WSTOPSIG(status), self._offsets()))
+            left = self._terminal.leave() if self._terminal is not None else None
+            self._tell_stop(guestwords.Stopped(os.WSTOPSIG(status), self._offsets(), left))
         elif os.WIFCONTINUED(status):
             self._to_guard(guestwords.Continued())
         else:
             self._exit_code = os.waitstatus_to_exitcode(status)
             log.info("%s: ended (%d)", self._guest, self._exit_code)
             self._tell_end()
+
+    def _tell_stop(self, word: guestwords.Stopped) -> None:
+        """Once what it wrote on the terminal is there: home's shell writes on it next."""
+        if self._terminal is None or self._terminal.settled():
+            self._to_guard(word)
+        elif self._exit_code is None and not self._gone_on:
+            self._reactor.call_later(END_POLL_SECONDS, lambda: self._tell_stop(word))
 
     def _offsets(self) -> tuple[tuple[int, int], ...]:
         return tuple((number, os.lseek(fd, 0, os.SEEK_CUR)) for number, fd in self._files.items())
@@ -460,7 +494,8 @@ class GuestHost:
             return
         self._told_end = True
         rest = self._tree.populated
-        self._to_guard(guestwords.Ended(self._exit_code, self._offsets(), rest))
+        left = self._terminal.leave() if self._terminal is not None else None
+        self._to_guard(guestwords.Ended(self._exit_code, self._offsets(), rest, left))
         if rest:
             log.info("%s: has left processes, which live on", self._guest)
             self._rest = RestWatch(self._reactor, self._tree, self._tell_empty)
@@ -470,6 +505,8 @@ class GuestHost:
     def _output_is_home(self) -> bool:
         """Whether all that had been written when this was first asked has arrived."""
         assert self._lifeline is not None
+        if self._terminal is not None and not self._terminal.settled():
+            return False
         senders = {number: self._lifeline.open(number).sender for number in self._listed}
         if not self._marks:
             for source in self._sources.values():
@@ -539,6 +576,8 @@ class GuestHost:
                 self._kill()
             case guestwords.GoOn(positions):
                 self._go_on(positions)
+            case _ if self._terminal is not None:
+                self._terminal.obey(word, self._offer.ids.pgid)
         return True
 
     def _kill(self) -> None:
@@ -649,6 +688,8 @@ class GuestHost:
             source.close()
         for sink in self._sinks.values():
             sink.close()
+        if self._terminal is not None:
+            self._terminal.close()
         if self._duplex is not None:
             self._duplex.close()
         if self._lifeline is not None:

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from agent.terminal_mode import Mode, Size, Waiting
 from agent.wire import Stream
 
 
@@ -19,6 +20,42 @@ class Signal(msgspec.Struct, frozen=True, tag="signal"):
 
 class Kill(msgspec.Struct, frozen=True, tag="kill"):
     """guard → keeper: the deputy was killed; so is the guest."""
+
+
+class TakeTerminal(msgspec.Struct, frozen=True, tag="take-terminal"):
+    """guard → keeper: home's terminal is the guest's from now on; its keys come on TERMINAL_STREAM."""
+
+    size: Size
+    mode: Mode | None = None
+    """None: the guest's stays as it is"""
+    waiting: Waiting = b""
+    """input that waited in home's terminal"""
+    skip_to: int = 0
+    """keys before this offset of the stream went back to home's terminal"""
+    in_front: bool = False
+    """the group of the guest's root comes into the foreground"""
+
+
+class YieldTerminal(msgspec.Struct, frozen=True, tag="yield-terminal"):
+    """guard → keeper: home's terminal is somebody else's now."""
+
+
+class ResizeTerminal(msgspec.Struct, frozen=True, tag="resize-terminal"):
+    """guard → keeper: home's terminal has another size."""
+
+    size: Size
+
+
+class HangUp(msgspec.Struct, frozen=True, tag="hang-up"):
+    """guard → keeper: home's terminal is no more."""
+
+
+class TerminalLeft(msgspec.Struct, frozen=True):
+    """How a guest that stopped or ended leaves its terminal."""
+
+    mode: Mode | None = None
+    waiting: Waiting = b""
+    """input that it has not read"""
 
 
 class StreamPosition(msgspec.Struct, frozen=True, array_like=True):
@@ -122,6 +159,7 @@ class Stopped(msgspec.Struct, frozen=True, tag="stopped"):
 
     number: int
     offsets: tuple[tuple[int, int], ...] = ()
+    terminal: TerminalLeft | None = None
 
 
 class Continued(msgspec.Struct, frozen=True, tag="continued"):
@@ -136,13 +174,14 @@ class Ended(msgspec.Struct, frozen=True, tag="ended"):
     """descriptor and position of each file that home shares"""
     rest: bool = False
     """it has left background processes, which live on; `Emptied` comes when they have ended"""
+    terminal: TerminalLeft | None = None
 
 
 class Emptied(msgspec.Struct, frozen=True, tag="emptied"):
     """keeper → guard: the last process that an ended guest had left has ended, too."""
 
 
-ToKeeper = Signal | Kill | GoOn | Begin
+ToKeeper = Signal | Kill | GoOn | Begin | TakeTerminal | YieldTerminal | ResizeTerminal | HangUp
 ToGuard = Started | Stopped | Continued | Ended | Emptied | Prepared | NotStarted
 
 encode = msgspec.msgpack.Encoder().encode
@@ -152,4 +191,5 @@ decode_for_guard: Callable[[bytes], ToGuard] = msgspec.msgpack.Decoder(ToGuard).
 VIEW_STREAM = 1
 COMMAND_STREAM = 2
 """a msgpack `migrate.messages.Command`, once, to the keeper of a command"""
+TERMINAL_STREAM = 3
 FIRST_PIPE_STREAM = 16

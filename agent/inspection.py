@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from pathlib import Path
 
 from agent.cgroups import Cgroup, guest_path
 from agent.home_paths import below, in_view
 from agent.link import Offer
 from agent.this_host import guest_gone
-from criu_hooks.fds import FileKind
 from criu_hooks.namespaces import Namespaces
-from criu_hooks.obstacles import Obstacle, file_subject
 from criu_hooks.preflight import Report, check, examine
 from criu_hooks.tree import ProcessTree
 from migrate.config import Config
@@ -20,7 +17,7 @@ from migrate.config import Config
 
 def inspect_process(pid: int, caller_uid: int, caller_pid: int, config: Config) -> Report:
     """Every reason why this process of this host cannot leave. Reads a lot of /proc: not for the loop."""
-    report = check(
+    return check(
         pid,
         caller_uid,
         caller_pid=caller_pid,
@@ -28,19 +25,6 @@ def inspect_process(pid: int, caller_uid: int, caller_pid: int, config: Config) 
         ghost_limit_bytes=config.ghost_limit_bytes,
         link_remap=True,
     )
-    if report.tree is None:
-        return report
-    # No keeper holds a pseudo-terminal yet; CRIU would only fail at the far end.
-    terminals = tuple(
-        Obstacle(
-            file_subject(process, file),
-            "a terminal, and those do not travel yet",
-            "start the program with its input and output in files or pipes",
-        )
-        for process, file in report.tree.files()
-        if file.kind is FileKind.TTY
-    )
-    return dataclasses.replace(report, obstacles=(*report.obstacles, *terminals))
 
 
 def inspect_guest(offer: Offer, config: Config) -> ProcessTree:

@@ -15,6 +15,7 @@ import shutil
 import signal
 import socket
 import sys
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -24,7 +25,9 @@ from agent.cgroups import Cgroup, dissolve, guest_path, leave_cgroup
 from agent.guest_host import GuestHost
 from agent.home_view import HomeView
 from agent.link import Link, Offer, listen, take_stdin
+from agent.session import fork_parent
 from agent.syscalls import CLONE_NEWPID, MS_NODEV, MS_NOEXEC, MS_NOSUID
+from agent.terminal import TERMINAL_SIGNALS, FarTerminal, mounted
 from criu_hooks.calls import CriuCall
 from migrate import paths
 from migrate.errors import HostError
@@ -59,8 +62,12 @@ def serve(offer: Offer, link: Link, local: bool) -> None:
             if offer.is_command
             else CriuCall(forkserver.connect(forkserver.WORKERS))
         )
-        with worker as call, listen(directory / "keeper.sock") as server:
-            _run_inside(offer, link, server, view, images, call)
+        with (
+            worker as call,
+            listen(directory / "keeper.sock") as server,
+            mounted(directory / "pts") as devpts,
+        ):
+            _run_inside(offer, link, server, view, images, call, devpts)
     finally:
         tree = Cgroup(guest_path("keeper", offer.guest, "tree"))
         tree.kill()
@@ -80,25 +87,31 @@ def _run_inside(
     view: HomeView | None,
     images: Path,
     call: CriuCall | None,
+    devpts: Path,
 ) -> None:
+    terminal: FarTerminal | None = None
+    if offer.terminal is not None:
+        terminal = FarTerminal(devpts, offer.terminal.index, offer.owner.uid)
     syscalls.unshare(CLONE_NEWPID)
     init = 0
     if offer.ids.ppid != 1:
         init = os.fork()
         if init == 0:
             _become_init()
-    inner = syscalls.fork_with_pid(max(offer.ids.ppid, 1))
+    inner = fork_parent(offer.ids, partial(_lead, offer, terminal))
     if inner == 0:
         status = 1
         try:
             syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
-            GuestHost(offer, link, server, view, images, call).run()
+            GuestHost(offer, link, server, view, images, call, devpts, terminal).run()
             status = 0
         except Exception:
             log.exception("%s: keeper failed", offer.guest)
         finally:
             os._exit(status)
     link.close()
+    if terminal is not None:
+        terminal.close()
     if view is not None:
         # The inner process alone holds the other end now: when it ends, so does sshfs, and nobody
         # is left waiting for a file of home's. Only then can the pid namespace come to its end.
@@ -115,6 +128,12 @@ def _run_inside(
             os.waitpid(init, 0)
 
 
+def _lead(offer: Offer, terminal: FarTerminal | None) -> None:
+    """In the leader of the guest's session."""
+    if terminal is not None and offer.terminal is not None and offer.terminal.controlling:
+        terminal.lead()
+
+
 def _become_init() -> None:
     """Pid 1 of the capsule: a program that does nothing. Ignoring SIGCHLD makes the kernel reap orphans."""
     try:
@@ -129,7 +148,8 @@ def main() -> None:
     """Entry point of the keeper process: argv is the guest's id; the first packet is the offer."""
     logging.basicConfig(level=logging.INFO, format="keeper %(message)s", stream=sys.stderr)
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in TERMINAL_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     os.umask(0o077)
     sock = take_stdin()
     offer = msgspec.msgpack.decode(sock.recv(1 << 17), type=Offer)

@@ -13,7 +13,7 @@ import msgspec
 from agent.handover import Tell, handover
 from agent.home_paths import system_files, used_by, view_directories
 from agent.hosting import cpu_features
-from agent.link import Departed, Offer, Owner, StartDeparture, TreeIds
+from agent.link import Departed, Offer, OfferedTerminal, Owner, StartDeparture, TreeIds
 from agent.peers import AnswerLost
 from agent.programs import programs_here
 from agent.selection import choose, named_host
@@ -119,4 +119,12 @@ def make_offer(here: ThisHost, tree: ProcessTree) -> Offer:
         home_boot_id=here.boot_id,
         programs=programs_here(),
         files=system_files(used, view),
+        terminal=_terminal_of(tree),
     )
+
+
+def _terminal_of(tree: ProcessTree) -> OfferedTerminal | None:
+    index = tree.terminal_index
+    if index is None:
+        return None
+    return OfferedTerminal(index, controlling=bool(tree.root.tty_nr))

@@ -15,6 +15,7 @@ from typing import Annotated, TypeAlias
 import msgspec
 
 from agent.fd_passing import close_all, receive_fds
+from agent.terminal_mode import Waiting
 from agent.wire import StreamState
 from migrate.framing import MALFORMED
 
@@ -22,6 +23,7 @@ MAX_PACKET = 1 << 17
 MAX_FDS = 8
 
 Name = Annotated[str, msgspec.Meta(max_length=256)]
+TerminalKey = Annotated[str, msgspec.Meta(pattern=r"^tty\[[0-9a-f]{1,8}:[0-9a-f]{1,8}\]$")]
 
 
 class TreeIds(msgspec.Struct, frozen=True):
@@ -58,6 +60,15 @@ class SystemFile(msgspec.Struct, frozen=True, array_like=True):
     mtime_seconds: int
 
 
+class OfferedTerminal(msgspec.Struct, frozen=True):
+    """Home's terminal of a guest."""
+
+    index: Annotated[int, msgspec.Meta(ge=0, le=4095)]
+    """N of /dev/pts/N"""
+    controlling: bool
+    """it is the guest's controlling terminal, not only an open file"""
+
+
 class Offer(msgspec.Struct, frozen=True):
     """What a source tells a destination before anything freezes; and the keeper's instructions."""
 
@@ -91,6 +102,7 @@ class Offer(msgspec.Struct, frozen=True):
     """home's"""
     files: tuple[SystemFile, ...] = ()
     """outside of the view: from home where the destination has them otherwise"""
+    terminal: OfferedTerminal | None = None
 
 
 class StartDeparture(msgspec.Struct, frozen=True, tag="depart"):
@@ -209,6 +221,21 @@ class Planned(msgspec.Struct, frozen=True, tag="planned"):
     """of all threads of the tree, as its root counts"""
 
 
+class TerminalState(msgspec.Struct, frozen=True):
+    """The terminal of a guest that moves on; its mode and size are in the images."""
+
+    keys: Annotated[tuple[TerminalKey, ...], msgspec.Meta(max_length=2)] = ()
+    """CRIU's names of it in the images"""
+    foreground: int = 0
+    """the process group that has it; 0: home's has somebody else"""
+    waiting: Waiting = b""
+    """input that the guest has not read"""
+    skip_to: int = 0
+    """keys before this offset of their stream went back to home"""
+    reading: bool = False
+    """keys come on the stream"""
+
+
 class Dumped(msgspec.Struct, frozen=True, tag="dumped"):
     """source → destination: the images are complete."""
 
@@ -217,6 +244,7 @@ class Dumped(msgspec.Struct, frozen=True, tag="dumped"):
     """descriptors 0, 1, 2 of the root that are regular files: home shares their offset"""
     streams: tuple[StreamState, ...] = ()
     """as the keeper that hands the guest on leaves them"""
+    terminal: TerminalState | None = None
 
 
 class Verdict(msgspec.Struct, frozen=True, tag="verdict"):

@@ -10,8 +10,9 @@ import contextlib
 import fcntl
 import os
 import signal
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -20,7 +21,9 @@ from agent.cgroups import Cgroup
 from agent.link import Owner, StreamPipe, TreeIds
 from agent.reactor import Reactor
 from agent.session import spawn_in_session
+from agent.terminal import FarTerminal
 from criu_hooks.calls import CriuCall, InheritFd, spawn_swrk
+from migrate.errors import PeerError
 
 PIDS_AT_ONCE = 64
 """How many pids from its own on criu may use for its helpers."""
@@ -47,27 +50,35 @@ class Restorer:
         enter: Callable[[], None],
         planned: Iterable[StreamPipe],
         tids: Iterable[int],
+        terminal: FarTerminal | None = None,
+        controlling: bool = False,
     ) -> None:
         """Start it.
 
         :param enter: runs in the child that becomes criu: enter the capsule.
         :param planned: the pipes it is to connect the guest with.
         :param tids: which the guest needs, as criu will count.
+        :param terminal: in place of home's, of which there may be two files: the other is /dev/tty.
+        :param controlling: it is the terminal of the guest's session.
         """
         self.pid = 0
         self.pipes: list[GuestPipe] = []
         self._call = call
         self._holders: tuple[int, ...] = ()
         self._guest_fds: dict[str, int] = {}
+        self._terminal = terminal
+        self._controlling = controlling and terminal is not None
+        self._terminal_fds = [os.dup(terminal.slave) for _ in range(2)] if terminal else []
         try:
             for listed in planned:
                 self._make_pipe(listed, owner)
             self._first_pid = _avoid(frozenset(tids))
-            criu_end, fds = call.criu_end, [*self._guest_fds.values()]
+            criu_end, fds = call.criu_end, [*self._guest_fds.values(), *self._terminal_fds]
             self.pid, self._holders = spawn_in_session(
                 ids,
-                lambda fork: spawn_swrk(criu_end, fds, enter, fork),
+                lambda fork: spawn_swrk(criu_end, fds, partial(self._enter, enter), fork),
                 reactor,
+                lead=self._lead,
             )
         except BaseException:
             self._close(kill=True)
@@ -91,10 +102,15 @@ class Restorer:
         mine = range(self._first_pid, self._first_pid + PIDS_AT_ONCE)
         return wanted == made and not any(tid in mine for tid in tids)
 
-    @property
-    def inherited(self) -> tuple[InheritFd, ...]:
-        """What stands for the guest's pipes in criu."""
-        return tuple(InheritFd(key, fd) for key, fd in self._guest_fds.items())
+    def inherited(self, terminal_keys: Sequence[str]) -> tuple[InheritFd, ...]:
+        """What stands for the guest's pipes and terminal in criu.
+
+        :raises PeerError: more terminals than were offered.
+        """
+        if len(terminal_keys) > len(self._terminal_fds):
+            raise PeerError("terminal", "it was not in the offer")
+        fds = [*self._guest_fds.items(), *zip(terminal_keys, self._terminal_fds, strict=False)]
+        return tuple(InheritFd(key, fd) for key, fd in fds)
 
     def set_sizes(self, pipes: Iterable[StreamPipe]) -> None:
         """Give the pipes the room that they had at home."""
@@ -110,6 +126,19 @@ class Restorer:
     def leave(self, elsewhere: Cgroup) -> None:
         """Move criu out of the guest's cgroup, once the guest's root has been forked."""
         elsewhere.add(self.pid)
+
+    def _enter(self, enter: Callable[[], None]) -> None:
+        enter()
+        if self._terminal is not None:
+            for number in self._terminal_fds:
+                # Opened in there: its name is then one that the guest can find.
+                fd = os.open(self._terminal.path, os.O_RDWR | os.O_NOCTTY)
+                os.dup2(fd, number)
+                os.close(fd)
+
+    def _lead(self) -> None:
+        if self._terminal is not None and self._controlling:
+            self._terminal.lead()
 
     def _make_pipe(self, listed: StreamPipe, owner: Owner) -> None:
         reading, writing = os.pipe()
@@ -131,9 +160,12 @@ class Restorer:
                     os.waitpid(self.pid, 0)
                 self.pid = 0
             self._call.renew()
-        for fd in self._guest_fds.values():
+        for fd in (*self._guest_fds.values(), *self._terminal_fds):
             os.close(fd)
         self._guest_fds.clear()
+        self._terminal_fds.clear()
+        if self._controlling and not kill:
+            return  # with the leader of its session the terminal would be hung up
         for holder in self._holders:
             os.kill(holder, signal.SIGKILL)
             os.waitpid(holder, 0)

@@ -48,6 +48,8 @@ class DumpRequest(msgspec.Struct, frozen=True, tag="dump"):
     ghost_limit_bytes: int
     shell_job: bool
     log_path: str
+    external: tuple[str, ...] = ()
+    """files that are not part of the images, e.g. ``tty[8803:1c]`` (criu --external)"""
 
 
 class RestoreRequest(msgspec.Struct, frozen=True, tag="restore"):
@@ -63,6 +65,10 @@ class RestoreRequest(msgspec.Struct, frozen=True, tag="restore"):
     log_path: str
     view: tuple[str, ...] = ()
     """directories of files that may have changed since, by others"""
+    session_leader: int = 0
+    """a process in the images that leads its terminal's session"""
+    foreground: int = 0
+    """the group that shall have that terminal"""
 
 
 class FeatureRequest(msgspec.Struct, frozen=True, tag="version"):

@@ -26,6 +26,8 @@ class Stat:
     sid: int
     tty_nr: int
     """device number of the controlling terminal; 0: none"""
+    foreground: int
+    """process group that has that terminal; -1: none"""
     flags: int
     starttime_ticks: int
     """clock ticks since boot; with the pid it names one process for good"""
@@ -156,6 +158,7 @@ def parse_stat(text: str) -> Stat:
         pgid=int(values[2]),
         sid=int(values[3]),
         tty_nr=int(values[4]),
+        foreground=int(values[5]),
         flags=int(values[6]),
         starttime_ticks=int(values[19]),
     )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from criu_hooks import pipes
-from criu_hooks.fds import OpenFile, read_open_files
+from criu_hooks.fds import FileKind, OpenFile, read_open_files
 from criu_hooks.maps import Memory, read_memory
 from criu_hooks.namespaces import Namespaces, read_namespaces
 from criu_hooks.outside import find_holders
@@ -21,6 +22,8 @@ from criu_hooks.proc import (
     parse_status,
 )
 from migrate.errors import UserError
+
+_PTS_MAJOR = 136
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,6 +198,19 @@ class ProcessTree:
             for file in process.files:
                 yield process, file
 
+    @property
+    def terminal_index(self) -> int | None:
+        """N of /dev/pts/N: the root's controlling terminal, else one that is open in the tree."""
+        if self.root.tty_nr:
+            return pts_index(self.root.tty_nr)
+        masters = {f.info.tty_index for _, f in self.files() if f.info.tty_index is not None}
+        indexes = (
+            pts_index(file.special_device)
+            for _, file in self.files()
+            if file.kind is FileKind.TTY and file.info.tty_index is None
+        )
+        return next((n for n in indexes if n is not None and n not in masters), None)
+
     @classmethod
     def capture(cls, root_pid: int) -> ProcessTree:
         """Reads the tree as it is now; members that end meanwhile are left out.
@@ -224,6 +240,11 @@ class ProcessTree:
         wanted = pipes.pipe_links(file for _, file in self.files())
         holders = find_holders(self.pids, wanted)
         return pipes.external_pipes(((p.pid, file) for p, file in self.files()), holders)
+
+
+def pts_index(device: int) -> int | None:
+    """N of /dev/pts/N by its device number; None: it is another device."""
+    return os.minor(device) if os.major(device) == _PTS_MAJOR else None
 
 
 def gone(pid: int) -> UserError:

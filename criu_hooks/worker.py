@@ -29,6 +29,7 @@ from criu_hooks.calls import (
 from criu_hooks.image_files import forget_sizes
 from criu_hooks.images import ImageError, check_rights
 from criu_hooks.log import cause
+from criu_hooks.terminal_images import adopt_terminals
 from criu_hooks.urgency import urgent
 
 LOG_LEVEL = 2
@@ -48,6 +49,7 @@ def _build(request: Request) -> rpc_pb2.criu_req:
             opts.ghost_limit = request.ghost_limit_bytes
             opts.ps.fd = request.page_server_fd
             opts.ps.port = 0
+            opts.external.extend(request.external)
         case RestoreRequest():
             req.type = rpc_pb2.RESTORE
             opts.rst_sibling = True
@@ -78,6 +80,7 @@ def _serve(owner: socket.socket) -> Done:
             try:
                 check_rights(fds[1], request.uid, frozenset(request.gids))
                 forget_sizes(fds[1], request.view)
+                adopt_terminals(fds[1], request.session_leader, request.foreground)
             except ImageError as error:
                 return Done(False, f"the images were refused: {error}")
             finally:

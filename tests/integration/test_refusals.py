@@ -402,22 +402,3 @@ def test_what_is_roots_is_closed_to_users(nodes: Nodes, path: str) -> None:
         assert tried.status != 0
         assert tried.stdout == ""
         assert "Permission denied" in tried.stderr
-
-
-def test_a_program_in_a_terminal(desk: Desk) -> None:
-    shell = desk.nodes.popen(
-        "node1", ["sh", "-c", "echo $$ >terminal.pid; exec sleep 1000"], user="alice", tty=True
-    )
-    name = "/home/alice/terminal.pid"
-    until(lambda: desk.nodes.exec("node1", ["test", "-s", name], check=False).status == 0, name)
-    pid = desk.nodes.sh("node1", f"cat {name}; rm {name}").strip()
-    until(
-        lambda: desk.nodes.sh("node1", f"cat /proc/{pid}/comm").strip() == "sleep", "it has begun"
-    )
-    with in_time():
-        told = desk.migrate("-p", pid, "-h", "node2")
-    assert told.status == 125
-    # A line for each of its three descriptors.
-    assert told.stderr.count("a terminal, and those do not travel yet") == 3
-    assert desk.nodes.exec("node1", ["kill", pid], check=False).status == 0
-    shell.wait(30)
