@@ -94,7 +94,7 @@ def _run_inside(
         terminal = FarTerminal(devpts, offer.terminal.index, offer.owner.uid)
     syscalls.unshare(CLONE_NEWPID)
     init = 0
-    if offer.ids.ppid != 1:
+    if offer.ids.ppid > 1:
         init = os.fork()
         if init == 0:
             _become_init()
