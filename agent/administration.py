@@ -1,4 +1,4 @@
-"""What `migctl ps` shows, and `migctl recover`."""
+"""What `migctl ps` and `migctl log` show, and `migctl recover`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from agent.this_host import OFFER_SECONDS, ThisHost
 from criu_hooks.proc import pid_starttime
 from migrate import messages
 from migrate.errors import MigrateError
+
+HISTORY_LIMIT = 1000
 
 
 def list_guests(here: ThisHost, caller_uid: int) -> messages.Guests:
@@ -51,6 +53,26 @@ def _stands(entry: Entry) -> bool:
         return pid_starttime(entry.pid) == entry.starttime_ticks
     except (OSError, MigrateError):
         return False
+
+
+def history(here: ThisHost, caller_uid: int, count: int) -> messages.History:
+    """The last migrations from and to this host: to root all, to others theirs."""
+    rows = [
+        messages.HistoryRow(
+            since=entry.since,
+            state=entry.state,
+            outgoing=entry.side is Side.SOURCE,
+            peer=entry.peer,
+            pid=entry.pid,
+            user=entry.user,
+            home=entry.home,
+            reason=entry.reason,
+            command=entry.command,
+        )
+        for entry in here.journal.latest(HISTORY_LIMIT)
+        if caller_uid in (0, entry.uid)
+    ]
+    return messages.History(tuple(rows[-count:]))
 
 
 async def recover(

@@ -111,6 +111,10 @@ class Broker:
         """What `migctl ps` shows to this user."""
         return administration.list_guests(self._here, caller_uid)
 
+    def history(self, caller_uid: int, count: int) -> messages.History:
+        """What `migctl log` shows to this user."""
+        return administration.history(self._here, caller_uid, count)
+
     async def recover(self, request: messages.Recover) -> messages.Recovered:
         """Settle transactions in doubt, and say how."""
         return await administration.recover(self._here, self._settling, request)

@@ -101,6 +101,8 @@ class ClientServer:
                 return await self._broker.move(request, uid, pid, tell)
             case messages.ListGuests():
                 return self._broker.list_guests(uid)
+            case messages.AskHistory(count):
+                return self._broker.history(uid, count)
             case messages.Recover():
                 if uid != 0:
                     raise UserError("recover", "is for root only")

@@ -209,6 +209,10 @@ class Journal:
         marks = ", ".join("?" * len(states))
         return self._select(f"WHERE state IN ({marks}) ORDER BY since", states)
 
+    def latest(self, count: int) -> list[Entry]:
+        """The last migrations that something has happened to, the newest last."""
+        return self._select("ORDER BY since DESC LIMIT ?", (count,))[::-1]
+
     def _select(self, where: str, values: tuple[object, ...]) -> list[Entry]:
         rows = self._db.execute(f"SELECT {_COLUMNS} FROM migration {where}", values)
         return [Entry(row[0], Side(row[1]), State(row[2]), *row[3:]) for row in rows]

@@ -102,6 +102,70 @@ def recover(
                 _say(line)
 
 
+@app.command("set")
+def set_limits(
+    settings: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="NAME=VALUE…",
+            help="idle_seconds=30 load_accept=.75,1,1.5 load_stop=2.5,2.75,3 guest_slots=2",
+        ),
+    ],
+) -> None:
+    """Change when this host takes guests, until its migd ends."""
+    from migrate import mig
+    from migrate.limits import parse_limits
+
+    _require_root("set")
+    mig.default().command(parse_limits(settings))
+
+
+@app.command()
+def block(
+    reason: Annotated[str, typer.Option(help="Shown to those who ask why.")] = "",
+) -> None:
+    """Let this host take no more guests, until `migctl bring`."""
+    from migrate import mig
+    from migrate.mig_messages import Block
+
+    mig.default().command(Block(reason))
+
+
+@app.command()
+def bring() -> None:
+    """Let this host take guests again."""
+    from migrate import mig
+    from migrate.mig_messages import Bring
+
+    mig.default().command(Bring())
+
+
+@app.command()
+def top(
+    seconds: Annotated[float, typer.Option("-d", help="Between two looks.", min=0.2)] = 2.0,
+    count: Annotated[int, typer.Option("-n", help="End after so many looks; 0: never.")] = 0,
+) -> None:
+    """Show all hosts and their guests, again and again."""
+    from migrate.top import show
+
+    show(seconds, count)
+
+
+@app.command("log")
+def show_log(
+    count: Annotated[int, typer.Option("-n", help="How many, the newest last.", min=1)] = 20,
+    json: Annotated[bool, typer.Option("--json", help="JSON, one object a line.")] = False,
+) -> None:
+    """Show the last migrations from and to this host, with times and reasons."""
+    from migrate import messages
+    from migrate.history import as_json, line
+
+    for reply in _ask(messages.AskHistory(min(count, 1000))):
+        if isinstance(reply, messages.History):
+            for row in reply.rows:
+                _say(as_json(row) if json else line(row))
+
+
 @app.command("accept-join", hidden=True)
 def accept_join() -> None:
     """The other side of `join`: reads a request on stdin, answers on stdout."""

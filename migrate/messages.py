@@ -104,9 +104,38 @@ class Recovered(msgspec.Struct, frozen=True, tag="recovered"):
     lines: tuple[str, ...]
 
 
-Request = Move | ListGuests | Recover
-Reply = Progress | Moved | Checked | Refused | Guests | Recovered
-FINAL = (Moved, Checked, Refused, Guests, Recovered)
+class AskHistory(msgspec.Struct, frozen=True, tag="history"):
+    """The last migrations from and to here."""
+
+    count: Annotated[int, msgspec.Meta(ge=1, le=1000)] = 100
+    protocol: int = PROTOCOL
+
+
+class HistoryRow(msgspec.Struct, frozen=True):
+    """One migration, as it stands now."""
+
+    since: float
+    """seconds since the epoch, of its last step"""
+    state: str
+    """as agent.journal.State"""
+    outgoing: bool
+    peer: str
+    pid: int
+    user: str
+    home: str
+    reason: str
+    command: str
+
+
+class History(msgspec.Struct, frozen=True, tag="history-is"):
+    """The answer to AskHistory, the newest last."""
+
+    rows: tuple[HistoryRow, ...]
+
+
+Request = Move | ListGuests | Recover | AskHistory
+Reply = Progress | Moved | Checked | Refused | Guests | Recovered | History
+FINAL = (Moved, Checked, Refused, Guests, Recovered, History)
 
 encode = msgspec.msgpack.Encoder().encode
 decode_request = msgspec.msgpack.Decoder(Request).decode

@@ -62,6 +62,7 @@ __all__ = [
     "HostLost",
     "HostState",
     "Mig",
+    "MigrateError",
     "MoreHosts",
     "Priority",
     "Stats",
