@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 from agent import load_messages as words
 from agent.load_central import failure
@@ -15,6 +16,7 @@ from agent.load_host import CountGuests, LoadHost
 from agent.load_member import Client, Deliver, LoadMember
 from agent.peers import Peers
 from migrate import mig_messages as mig
+from migrate import paths
 from migrate.config import Config, Host
 from migrate.errors import HostError, MigrateError, PeerError, UserError
 
@@ -48,11 +50,27 @@ class LoadService:
         peers: Peers,
         count_guests: CountGuests,
         evict: EvictGuests,
+        *,
+        state_dir: Path = paths.STATE_DIR,
+        run_dir: Path = paths.RUN_DIR,
     ) -> None:
         self._config = config
         self._evict = evict
-        self.host = LoadHost(config, count_guests, self._changed, self._owner_is_back)
-        self.member = LoadMember(config, peers, self.host.report, self._evict_quietly)
+        self.host = LoadHost(
+            config,
+            count_guests,
+            self._changed,
+            self._owner_is_back,
+            blocked_file=state_dir / paths.BLOCKED_FILE.name,
+            loadavg_file=run_dir / paths.LOADAVG_FILE.name,
+        )
+        self.member = LoadMember(
+            config,
+            peers,
+            self.host.report,
+            self._evict_quietly,
+            checkpoint=state_dir / paths.LOAD_CHECKPOINT.name,
+        )
         self._started = False
 
     async def start(self) -> None:

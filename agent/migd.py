@@ -66,6 +66,7 @@ async def serve(config: Config, criu_version: str) -> None:
             broker.questions.is_peer,
             broker.questions.answer,
             broker.questions.incoming,
+            serve_at_once=broker.questions.answer_at_once,
             control_ended=broker.load.member.peer_gone,
             group_id=user.pw_gid,
             allowed_uids=frozenset({0, user.pw_uid}),

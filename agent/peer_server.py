@@ -39,6 +39,7 @@ from agent.peer_hello import (
 from agent.repeated import Repeated
 from migrate import paths
 from migrate.errors import HostError, MigrateError, PeerError
+from migrate.framing import FrameDecoder, encode_frame
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +70,7 @@ class IncomingConnection:
 
 Serve = Callable[[str, bytes], Awaitable[bytes]]
 """Answers a request of the named peer; a MigrateError it raises is the answer, too."""
+ServeAtOnce = Callable[[str, bytes], bytes | None]
 Receive = Callable[[IncomingConnection], Awaitable[None]]
 
 
@@ -96,6 +98,7 @@ class PeerServer:
         serve: Serve,
         receive: Receive,
         *,
+        serve_at_once: ServeAtOnce = lambda peer, payload: None,
         control_ended: Callable[[str], None] = lambda peer: None,
         path: Path = paths.PEER_SOCKET,
         group_id: int | None = None,
@@ -107,6 +110,8 @@ class PeerServer:
         :param serve: answers requests on control connections. Runs to its end even if the peer
             goes away meanwhile; then its answer is dropped.
         :param receive: takes a raw connection over, descriptors and all.
+        :param serve_at_once: asked before `serve`; None if it has no answer at once. It must not fail
+            but with a MigrateError.
         :param control_ended: told when the last control connection of a peer has ended.
         :param group_id: the group that may connect (that of the user `migrate`).
         :param allowed_uids: who may connect (root and the user `migrate`).
@@ -115,6 +120,7 @@ class PeerServer:
         self._is_peer = is_peer
         self._serve = serve
         self._receive = receive
+        self._serve_at_once = serve_at_once
         self._control_ended = control_ended
         self._path = path
         self._group_id = group_id
@@ -276,26 +282,46 @@ class PeerServer:
 
     async def _serve_control(self, peer: str, stream: FdStream) -> None:
         log.info("host %s: control connection", peer)
+        silence_seconds = self._bounds.control_silence_seconds
+        # It is never handed on, so it may be read ahead.
+        decoder = FrameDecoder()
         open_requests: set[int] = set()
         while True:
-            async with asyncio.timeout(self._bounds.control_silence_seconds):
-                data = await stream.read_frame()
-            if data is None:
+            async with asyncio.timeout(silence_seconds):
+                data = await stream.read_some()
+            if not data:
+                decoder.finish()
                 return
-            frame = decode_control(data)
-            if frame.kind is Kind.PING:
-                async with asyncio.timeout(self._bounds.control_silence_seconds):
-                    await _say(stream, ControlFrame(Kind.PONG, frame.number))
-            elif frame.kind is not Kind.REQUEST or frame.number in open_requests:
-                raise ValueError(f"unexpected {frame.kind.name} {frame.number}")
-            elif len(open_requests) >= self._bounds.requests:
-                refusal = PeerError(f"host {self._own.host}", "too many requests at once")
-                answer = ControlFrame(Kind.ERROR, frame.number, encode_error(refusal))
-                async with asyncio.timeout(self._bounds.control_silence_seconds):
-                    await _say(stream, answer)
-            else:
-                open_requests.add(frame.number)
-                self._spawn(self._answer(peer, stream, frame, open_requests))
+            answers = []
+            for payload in decoder.feed(data):
+                answer = self._meet(peer, stream, decode_control(payload), open_requests)
+                if answer is not None:
+                    answers.append(encode_frame(encode_control(answer)))
+            if answers:
+                async with asyncio.timeout(silence_seconds):
+                    await stream.write(b"".join(answers))
+
+    def _meet(
+        self, peer: str, stream: FdStream, frame: ControlFrame, open_requests: set[int]
+    ) -> ControlFrame | None:
+        """What can be answered at once is; for the rest a task is begun, and None returned."""
+        number = frame.number
+        if frame.kind is Kind.PING:
+            return ControlFrame(Kind.PONG, number)
+        if frame.kind is not Kind.REQUEST or number in open_requests:
+            raise ValueError(f"unexpected {frame.kind.name} {number}")
+        try:
+            quick = self._serve_at_once(peer, frame.payload)
+        except MigrateError as error:
+            return ControlFrame(Kind.ERROR, number, encode_error(error))
+        if quick is not None:
+            return ControlFrame(Kind.ANSWER, number, quick)
+        if len(open_requests) >= self._bounds.requests:
+            refusal = PeerError(f"host {self._own.host}", "too many requests at once")
+            return ControlFrame(Kind.ERROR, number, encode_error(refusal))
+        open_requests.add(number)
+        self._spawn(self._answer(peer, stream, frame, open_requests))
+        return None
 
     async def _answer(
         self, peer: str, stream: FdStream, request: ControlFrame, open_requests: set[int]

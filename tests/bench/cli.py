@@ -18,6 +18,7 @@ from testbed.lifecycle import Testbed
 
 from bench.contestants import Bare, ByHand, Contestant, Move, Ours, repeat, warm_up
 from bench.errors import BenchFailed
+from bench.load_speed import central_rows, client_rows
 from bench.memory import Footprint, extra_of_move, migd_cpu_ms, resting
 from bench.report import Report, Row, Series, size_name
 
@@ -117,6 +118,12 @@ def _memory(nodes: Nodes, report: Report, size: int) -> None:
     ]
 
 
+def _load_database(nodes: Nodes, report: Report) -> None:
+    _progress("the load database")
+    report.rows += client_rows(nodes)
+    report.rows += central_rows()
+
+
 def _footprint_row(role: str, footprint: Footprint, target_mb: int) -> Row:
     rss_mb, pss_mb = (kib * 1024 / 1e6 for kib in (footprint.rss_kib, footprint.pss_kib))
     note = f"RSS {rss_mb:.1f} MB, {footprint.processes} processes"
@@ -138,6 +145,7 @@ def main() -> None:
             warm_up(nodes)
             _speed(nodes, report, sizes, given.moves)
             _memory(nodes, report, sizes[-1])
+            _load_database(nodes, report)
     except (BenchFailed, CommandFailed, TestbedError) as error:
         sys.exit(f"bench: {error}")
     except KeyboardInterrupt:
