@@ -21,6 +21,8 @@ from migrate.config import Config, Host
 from migrate.errors import HostError, MigrateError, PeerError, UserError
 
 log = logging.getLogger(__name__)
+eviction_log = logging.getLogger("migrate.eviction")
+"""Silenced by `migd -s`."""
 
 EvictGuests = Callable[[int | None, str], int]
 """(uid or None for all, reason): send guests of this host away. :return: how many are told to go.
@@ -101,9 +103,9 @@ class LoadService:
         try:
             count = self._evict(uid, reason)
         except MigrateError as error:
-            log.info("eviction (%s): %s", reason, error)
+            eviction_log.info("eviction (%s): %s", reason, error)
         else:
-            log.info("eviction (%s): %d guests", reason, count)
+            eviction_log.info("eviction (%s): %d guests", reason, count)
 
     # ------------------------------------------------------------------ migd's own choices
 

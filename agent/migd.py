@@ -11,10 +11,12 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 
 from agent.broker import Broker
 from agent.clients import ClientServer
 from agent.command_server import CommandServer
+from agent.daemon import Detached, parse_options, raise_open_files, set_up_logging
 from agent.load_clients import LoadClients
 from agent.peers import Patience, Peers, PeerServer, own_hello
 from criu_hooks.program import criu_path
@@ -52,8 +54,8 @@ def probe_criu() -> str:
     return version
 
 
-async def serve(config: Config, criu_version: str) -> None:
-    """Run until SIGTERM."""
+async def serve(config: Config, criu_version: str, ready: Callable[[], None]) -> None:
+    """Run until SIGTERM. :param ready: called when clients and peers can come."""
     user = pwd.getpwnam(paths.PEER_USER)
     own = own_hello(config.name)
     patience = Patience(
@@ -85,7 +87,7 @@ async def serve(config: Config, criu_version: str) -> None:
             await clients.start()
             commands.start()
             load_clients.start()
-            notify("READY=1")
+            ready()
             log.info("migd on %s is ready (CRIU %s)", config.name, criu_version)
             await stop.wait()
         finally:
@@ -99,19 +101,28 @@ async def serve(config: Config, criu_version: str) -> None:
 
 def main() -> None:
     """Entry point of `migd`."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("paramiko").setLevel(logging.WARNING)
+    options = parse_options(sys.argv[1:])
     if os.geteuid() != 0:
         sys.exit("migd: must run as root")
     os.umask(0o077)
     try:
         config = load_config()
+        set_up_logging(options, config.name)
+        raise_open_files()
         paths.RUN_DIR.mkdir(mode=0o755, parents=True, exist_ok=True)
         paths.RUN_DIR.chmod(0o755)
         paths.STATE_DIR.mkdir(mode=0o755, parents=True, exist_ok=True)
-        asyncio.run(serve(config, probe_criu()))
+        version = probe_criu()
+        # A service manager that is to be told of readiness minds the process itself.
+        if options.foreground or "NOTIFY_SOCKET" in os.environ:
+            asyncio.run(serve(config, version, lambda: notify("READY=1")))
+        else:
+            detached = Detached()
+            asyncio.run(serve(config, version, detached.ready))
     except MigrateError as error:
         sys.exit(f"migd: {error}")
+    except OSError as error:
+        sys.exit(f"migd: {error.filename or 'cannot start'}: {error.strerror}")
     except KeyError:
         sys.exit(f"migd: user {paths.PEER_USER}: does not exist; run `migctl setup`")
 

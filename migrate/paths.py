@@ -26,6 +26,9 @@ PEER_HOME = STATE_DIR / "peer"
 """Home of the system user `migrate`; root's own, so that the user cannot change who may enter."""
 AUTHORIZED_KEYS = PEER_HOME / ".ssh" / "authorized_keys"
 
+LOG_DIR = Path("/var/log/migrate")
+"""`migd -L`: a file for this host and one for the central daemon."""
+
 RUN_DIR = Path("/run/migrate")
 MIGD_SOCKET = RUN_DIR / "migd.sock"
 RUN_SOCKET = Path(command_wire.RUN_SOCKET)
