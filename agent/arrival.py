@@ -11,7 +11,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -46,6 +46,8 @@ log = logging.getLogger(__name__)
 IMAGE_WAIT_SECONDS = 60.0
 WORKER_SECONDS = 20.0
 MAX_IMAGE_BYTES = 1 << 26
+PARENT = "parent"
+"""Where CRIU looks for what an incremental dump leaves out (CR_PARENT_LINK)."""
 LOG_DIR = Path("/var/log")
 
 
@@ -123,35 +125,41 @@ class Arrival:
         return arrived
 
     def _receive_images(self) -> Dumped:
-        directory_fd = os.open(self._images, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            pages = PageImageWriter(directory_fd)
-            names: set[str] = set()
-            while True:
-                kind, frame = self._bulk.receive(self._offer.freeze_limit_seconds)
-                if kind == PAGES:
-                    pages.write(memoryview(frame))
-                elif kind == IMAGE:
-                    name, contents = parse_image(frame)
-                    if name in names or len(contents) > MAX_IMAGE_BYTES:
-                        raise PeerError("image", f"{name} comes twice or is too large")
-                    names.add(name)
-                    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
-                    with open(os.open(name, flags, 0o600, dir_fd=directory_fd), "wb") as file:
-                        file.write(contents)
-                else:
-                    message = self._bulk.decode(frame)
-                    if isinstance(message, Dumped) and pages.finished:
-                        return message
-                    raise PeerError(
-                        f"host {self._bulk.peer}", "it breaks the protocol of migrations"
-                    )
-        except PageStreamError as error:
-            raise PeerError(
-                f"host {self._bulk.peer}", f"its pages make no sense: {error}"
-            ) from None
-        finally:
-            os.close(directory_fd)
+        """First what was sent ahead, which becomes the images' parent; then the images."""
+        (self._images / PARENT).mkdir(mode=0o700)
+        with _directory(self._images) as images_fd, _directory(self._images / PARENT) as ahead_fd:
+            ahead, pages = PageImageWriter(ahead_fd), PageImageWriter(images_fd)
+            try:
+                dumped = self._receive_frames(images_fd, ahead, pages)
+            except PageStreamError as error:
+                raise PeerError(
+                    f"host {self._bulk.peer}", f"its pages make no sense: {error}"
+                ) from None
+        with contextlib.suppress(OSError):  # empty if nothing was sent ahead; then CRIU is faster
+            (self._images / PARENT).rmdir()
+        return dumped
+
+    def _receive_frames(
+        self, images_fd: int, ahead: PageImageWriter, pages: PageImageWriter
+    ) -> Dumped:
+        names: set[str] = set()
+        while True:
+            kind, frame = self._bulk.receive(self._offer.freeze_limit_seconds)
+            if kind == PAGES:
+                (pages if ahead.finished else ahead).write(memoryview(frame))
+            elif kind == IMAGE:
+                name, contents = parse_image(frame)
+                if name in names or len(contents) > MAX_IMAGE_BYTES:
+                    raise PeerError("image", f"{name} comes twice or is too large")
+                names.add(name)
+                flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+                with open(os.open(name, flags, 0o600, dir_fd=images_fd), "wb") as file:
+                    file.write(contents)
+            else:
+                message = self._bulk.decode(frame)
+                if isinstance(message, Dumped) and pages.finished:
+                    return message
+                raise PeerError(f"host {self._bulk.peer}", "it breaks the protocol of migrations")
 
     def _receive_and_restore(self, call: CriuCall) -> Arrived:
         plan = self._bulk.receive_message(self._offer.freeze_limit_seconds)
@@ -259,3 +267,12 @@ class Arrival:
             return {number: syscalls.pidfd_getfd(pidfd, number) for number in dumped.files}
         finally:
             os.close(pidfd)
+
+
+@contextlib.contextmanager
+def _directory(path: Path) -> Iterator[int]:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        yield fd
+    finally:
+        os.close(fd)

@@ -31,6 +31,7 @@ class CapsuleTree:
         self.shell_job = offer.ids.sid != offer.ids.pid
         self.cgroup = Cgroup(guest_path("keeper", offer.guest, "tree"))
         self._offer = offer
+        self.proc_fd = capsule.proc_fd
         self._capsule = capsule
         self._plan = plan
         self._describe = describe

@@ -31,10 +31,11 @@ from agent.link import (
     Resumed,
     StartDeparture,
 )
-from agent.page_pump import page_sockets, pump_pages
+from agent.page_pump import page_sockets, pump_ahead, pump_pages
 from agent.reactor import Reactor
 from agent.waiting import await_worker, next_event, wait_frozen
 from criu_hooks.calls import CriuCall, Done, DumpRequest, spawn_swrk
+from criu_hooks.precopy import KnownPages
 from criu_hooks.urgency import urgent
 from migrate.errors import CriuError, HostError, MigrateError, PeerError
 
@@ -55,6 +56,10 @@ class Original(Protocol):
     @property
     def cgroup(self) -> Cgroup:
         """the tree's own cgroup"""
+
+    @property
+    def proc_fd(self) -> int:
+        """a /proc whose pids are as criu counts"""
 
     @property
     def shell_job(self) -> bool:
@@ -129,7 +134,14 @@ class Departure:
             with self._dumper(call, images) as pages:
                 self._expect(Prepared, PREPARE_SECONDS)
                 self._progress("prepared")
-                self._dump(call, images, pages)
+                known = pump_ahead(
+                    self._reactor,
+                    self._bulk,
+                    self._original.proc_fd,
+                    self._original.cgroup.pids(),
+                    lambda: self._progress("memory"),
+                )
+                self._dump(call, images, pages, known)
             self._expect(Ready, self._patience)
             self._progress("ready")
             reach("source-ready")
@@ -239,7 +251,7 @@ class Departure:
             if criu:
                 os.waitpid(criu, 0)
 
-    def _dump(self, call: CriuCall, images: Path, pages: socket.socket) -> None:
+    def _dump(self, call: CriuCall, images: Path, pages: socket.socket, known: KnownPages) -> None:
         self._frozen_at = time.monotonic()
         self._original.cgroup.freeze()
         if not wait_frozen(self._reactor, self._original.cgroup, self._patience):
@@ -255,6 +267,7 @@ class Departure:
             call,
             pages,
             self._bulk,
+            known,
             self._patience,
             lambda: self._progress("memory"),
         )

@@ -106,17 +106,6 @@ class FdStream:
             missing -= len(chunk)
         return b"".join(chunks)
 
-    async def skip(self, size: int) -> None:
-        """Read that many bytes and forget them.
-
-        :raises asyncio.IncompleteReadError: the stream ended before.
-        """
-        while size:
-            chunk = await self.read_some(size)
-            if not chunk:
-                raise asyncio.IncompleteReadError(b"", size)
-            size -= len(chunk)
-
     async def read_frame(self, limit_bytes: int = MAX_FRAME_BYTES) -> bytes | None:
         """As migrate.framing.read_frame: None at the end."""
         return await read_frame(self, limit_bytes)

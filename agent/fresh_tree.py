@@ -95,6 +95,7 @@ class FreshTree:
         self.cgroup = Cgroup(guest_path("guard", start.offer.guest, "tree"))
         self.origin = of_process(self.pid)
         self.pidfd = os.pidfd_open(self.pid)
+        self.proc_fd = os.open("/proc", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         if pid_starttime(self.pid) != start.starttime_ticks:
             raise UserError(f"pid {self.pid}", "is another process by now", "look it up with ps")
         self.tree: ProcessTree | None = None

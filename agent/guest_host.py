@@ -175,7 +175,10 @@ class GuestHost:
         self._bulk.close()
         self._bulk = None
         for path in self._images.iterdir():
-            path.unlink()
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
         self._reap()
 
     def _build_capsule(self) -> capsule.Capsule:

@@ -51,7 +51,7 @@ def serve(offer: Offer, link: Link, local: bool) -> None:
         cgroup.add(os.getpid())
         images.mkdir(mode=0o700)
         (directory / "root").mkdir(mode=0o700)
-        size = offer.memory_bytes + offer.memory_bytes // 4 + (64 << 20)
+        size = 2 * offer.memory_bytes + (64 << 20)  # all may change after it was sent ahead
         flags = MS_NOSUID | MS_NODEV | MS_NOEXEC
         syscalls.mount("tmpfs", images, "tmpfs", flags, f"mode=0700,size={size}")
         if not local:

@@ -6,13 +6,14 @@ import contextlib
 import select
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from agent.bulk import Bulk
 from agent.faults import reach
 from agent.reactor import Reactor
 from criu_hooks.calls import CriuCall, Done
 from criu_hooks.pages import PageSource
+from criu_hooks.precopy import KnownPages, Thinner, send_ahead
 from migrate.errors import CriuError
 
 BUFFER_BYTES = 1 << 20
@@ -34,11 +35,31 @@ def page_sockets() -> tuple[socket.socket, socket.socket]:
     return ours, theirs
 
 
+def pump_ahead(
+    reactor: Reactor, bulk: Bulk, proc_fd: int, pids: Iterable[int], report: Callable[[], None]
+) -> KnownPages:
+    """Send the memory of a tree that runs; what changes meanwhile is sent again by `pump_pages`.
+
+    :param proc_fd: of a /proc in which the pids are as criu will count.
+    :returns: what the destination then has.
+    """
+    known = KnownPages()
+    reported = time.monotonic()
+    for piece in send_ahead(proc_fd, pids, known):
+        bulk.send_pages(memoryview(piece))
+        reactor.turn(0)
+        if time.monotonic() - reported > REPORT_SECONDS:
+            reported = time.monotonic()
+            report()
+    return known
+
+
 def pump_pages(
     reactor: Reactor,
     call: CriuCall,
     pages: socket.socket,
     bulk: Bulk,
+    known: KnownPages,
     patience_seconds: float,
     report: Callable[[], None],
 ) -> None:
@@ -46,11 +67,13 @@ def pump_pages(
 
     The reactor goes on meanwhile: the tree's own files may be served by it.
 
+    :param known: what the destination has already.
     :param report: is called now and then.
     :raises CriuError: the dump failed, or made no progress for so long.
     :raises PeerError: the destination is cut off.
     """
     source = PageSource()
+    thinner = Thinner(known)
     buffer = bytearray(BUFFER_BYTES)
     view = memoryview(buffer)
     poll = select.poll()
@@ -68,7 +91,9 @@ def pump_pages(
             if count:
                 if reply := source.answers(view[:count]):
                     pages.send(reply)
-                bulk.send_pages(view[:count])
+                piece = memoryview(thinner.feed(view[:count])) if known else view[:count]
+                if piece:
+                    bulk.send_pages(piece)
                 deadline = time.monotonic() + patience_seconds
                 if now - reported > REPORT_SECONDS:
                     reported = now

@@ -46,17 +46,7 @@ class Purpose(msgspec.Struct, frozen=True, tag="purpose"):
     token: Short = ""
 
 
-class Padding(msgspec.Struct, frozen=True, tag="padding"):
-    """So many bytes follow that mean nothing: a connection that has carried some is faster.
-
-    The windows of TCP grow only with use; the first burst of a new connection takes many times as
-    long as the second.
-    """
-
-    size_bytes: Annotated[int, msgspec.Meta(ge=0, le=1 << 20)]
-
-
-Word = Hello | Refusal | Purpose | Padding
+Word = Hello | Refusal | Purpose
 _decoder: msgspec.msgpack.Decoder[Word] = msgspec.msgpack.Decoder(Word)
 
 

@@ -12,7 +12,7 @@ import msgspec
 
 from agent.fdstream import FdStream, widen
 from agent.peer_errors import PeerUnreachable
-from agent.peer_hello import HELLO_LIMIT_BYTES, Hello, Padding, check_answer, encode_word
+from agent.peer_hello import HELLO_LIMIT_BYTES, Hello, check_answer, encode_word
 from agent.peer_identity import DEFAULT_IDENTITY, DEFAULT_PATIENCE, Identity, Patience
 from agent.peer_raw import RawConnection, ssh_command
 from criu_hooks.urgency import hurry
@@ -29,11 +29,6 @@ _LAST_WORDS_SECONDS = 2.0
 
 REFILL_SECONDS = 2.0
 """After a connection was taken for a migration: not while the guest stands still."""
-
-_PADDING_BYTES = 1 << 18
-_PADDINGS = 8
-_SLOW_SECONDS = 0.05
-"""A connection that takes a padding no faster than this is not worth more of it."""
 
 
 class RawPool:
@@ -152,31 +147,9 @@ class RawPool:
                 if peer not in self._expiry:
                     connection.close()
                     return
-                try:
-                    await self._pad(connection)
-                except BaseException:
-                    connection.close()
-                    raise
                 self._spares[peer].append(connection)
         except MigrateError as error:
             log.info("no spare connection: %s", error)
-
-    async def _pad(self, connection: RawConnection) -> None:
-        """See Padding."""
-        stream = FdStream(connection.fd_in, connection.fd_out)
-        clock = asyncio.get_running_loop().time
-        word, padding = encode_word(Padding(_PADDING_BYTES)), bytes(_PADDING_BYTES)
-        try:
-            for _ in range(_PADDINGS):
-                begun = clock()
-                await stream.write_frame(word)
-                await stream.write(padding)
-                if clock() - begun > _SLOW_SECONDS:
-                    break
-        except OSError:
-            return  # it has ended; whoever takes it sees that
-        finally:
-            stream.release()
 
     def _expire(self, peer: Host) -> None:
         self._expiry.pop(peer, None)

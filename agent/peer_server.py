@@ -29,7 +29,6 @@ from agent.fdstream import FdStream, widen
 from agent.peer_hello import (
     HELLO_LIMIT_BYTES,
     Hello,
-    Padding,
     Purpose,
     Refusal,
     check_caller,
@@ -264,14 +263,10 @@ class PeerServer:
 
     async def _await_purpose(self, sock: socket.socket, peer: str, stream: FdStream) -> None:
         async with asyncio.timeout(self._bounds.spare_seconds):
-            while True:
-                payload = await stream.read_frame(HELLO_LIMIT_BYTES)
-                if payload is None:
-                    return
-                word = decode_word(payload)
-                if not isinstance(word, Padding):
-                    break
-                await stream.skip(word.size_bytes)
+            payload = await stream.read_frame(HELLO_LIMIT_BYTES)
+        if payload is None:
+            return
+        word = decode_word(payload)
         if not isinstance(word, Purpose):
             raise ValueError("no purpose given")
         fd_in, fd_out = stream.release()

@@ -18,14 +18,14 @@ PAGE_SIZE = os.sysconf("SC_PAGE_SIZE")
 
 _HEADER = struct.Struct("=IxxxxQQQ")
 _COMMAND_MASK = 0xFFFF
-_OPEN2 = 4
-_PARENT = 5
-_ADD_F = 6
-_CLOSE = 0x1023
-_FORCE_CLOSE = 0x1024
-_PRESENT = 1 << 2
+OPEN2 = 4
+PARENT = 5
+ADD_F = 6
+CLOSE = 0x1023
+FORCE_CLOSE = 0x1024
+PRESENT = 1 << 2
 _KNOWN_FLAGS = 0b111
-_TYPE_PID = 1
+TYPE_PID = 1
 _TYPE_SHMEM = 2
 
 _MAGIC_COMMON = 0x54564319
@@ -48,10 +48,15 @@ class Header:
     address: int
     destination: int
 
+    def encode(self) -> bytes:
+        """As it goes over the wire."""
+        words = (self.pages, self.address, self.destination)
+        return _HEADER.pack(self.command | self.flags << 16, *words)
+
     @property
     def payload_bytes(self) -> int:
         """How many bytes of memory follow the header."""
-        if self.command == _ADD_F and self.flags & _PRESENT:
+        if self.command == ADD_F and self.flags & PRESENT:
             return self.pages * PAGE_SIZE
         return 0
 
@@ -59,12 +64,12 @@ class Header:
 def _parse(data: bytes | bytearray | memoryview) -> Header:
     command, pages, address, destination = _HEADER.unpack_from(data)
     header = Header(command & _COMMAND_MASK, command >> 16, pages, address, destination)
-    if header.command not in (_OPEN2, _PARENT, _ADD_F, _CLOSE, _FORCE_CLOSE):
+    if header.command not in (OPEN2, PARENT, ADD_F, CLOSE, FORCE_CLOSE):
         raise PageStreamError(f"unknown page server command {header.command:#x}")
     return header
 
 
-class _Scanner:
+class Scanner:
     """Finds the headers in a stream that arrives in pieces of any size."""
 
     def __init__(self) -> None:
@@ -105,7 +110,7 @@ class PageSource:
     """The source's side: watches the stream of a dump go by and says what criu must be answered."""
 
     def __init__(self) -> None:
-        self._scanner = _Scanner()
+        self._scanner = Scanner()
         self.finished = False
         self.page_bytes = 0
 
@@ -116,11 +121,11 @@ class PageSource:
             self.page_bytes += len(payload)
             if header is None:
                 continue
-            if header.command == _OPEN2:
+            if header.command == OPEN2:
                 reply += b"\0"  # no parent image
-            elif header.command == _PARENT:
+            elif header.command == PARENT:
                 reply += struct.pack("=i", 0)
-            elif header.command in (_CLOSE, _FORCE_CLOSE):
+            elif header.command in (CLOSE, FORCE_CLOSE):
                 reply += struct.pack("=i", 0)
                 self.finished = True
         return reply
@@ -146,7 +151,7 @@ class PageImageWriter:
 
     def __init__(self, directory_fd: int) -> None:
         self._directory_fd = directory_fd
-        self._scanner = _Scanner()
+        self._scanner = Scanner()
         self._images = 0
         self._pages_fd = -1
         self._pagemap = bytearray()
@@ -165,11 +170,11 @@ class PageImageWriter:
                     payload = payload[os.write(self._pages_fd, payload) :]
             elif self.finished:
                 raise PageStreamError("pages after the end")
-            elif header.command == _OPEN2:
+            elif header.command == OPEN2:
                 self._open(header.destination)
-            elif header.command == _ADD_F:
+            elif header.command == ADD_F:
                 self._add(header)
-            elif header.command in (_CLOSE, _FORCE_CLOSE):
+            elif header.command in (CLOSE, FORCE_CLOSE):
                 self.close()
                 self.finished = True
 
@@ -189,9 +194,9 @@ class PageImageWriter:
     def _open(self, destination: int) -> None:
         self.close()
         kind, number = destination & 0xFF, destination >> 8
-        if kind not in (_TYPE_PID, _TYPE_SHMEM) or number > 0xFFFFFFFF:
+        if kind not in (TYPE_PID, _TYPE_SHMEM) or number > 0xFFFFFFFF:
             raise PageStreamError(f"unknown page destination {destination:#x}")
-        name = f"pagemap-{number}.img" if kind == _TYPE_PID else f"pagemap-shmem-{number}.img"
+        name = f"pagemap-{number}.img" if kind == TYPE_PID else f"pagemap-shmem-{number}.img"
         if name in self._names or self._images >= MAX_IMAGES:
             raise PageStreamError(f"{name} comes twice")
         self._names.add(name)
