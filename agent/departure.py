@@ -33,13 +33,16 @@ from agent.link import (
 )
 from agent.page_pump import page_sockets, pump_ahead, pump_pages
 from agent.reactor import Reactor
-from agent.waiting import await_worker, next_event, wait_frozen
+from agent.waiting import await_worker, next_event, wait_frozen, wait_until
 from criu_hooks.calls import CriuCall, Done, DumpRequest, spawn_swrk
 from criu_hooks.precopy import KnownPages
 from criu_hooks.urgency import urgent
-from migrate.errors import CriuError, HostError, MigrateError, PeerError
+from criu_hooks.vfork import amid_vfork
+from migrate.errors import CriuError, HostError, MigrateError, PeerError, UserError
 
 PREPARE_SECONDS = 30.0
+VFORK_SECONDS = 0.005
+"""between two freezes, if the first one came between vfork and execve"""
 
 
 class InDoubt(Exception):
@@ -252,10 +255,7 @@ class Departure:
                 os.waitpid(criu, 0)
 
     def _dump(self, call: CriuCall, images: Path, pages: socket.socket, known: KnownPages) -> None:
-        self._frozen_at = time.monotonic()
-        self._original.cgroup.freeze()
-        if not wait_frozen(self._reactor, self._original.cgroup, self._patience):
-            raise HostError("cgroup", "the tree does not freeze", "try again")
+        self._freeze()
         # Before criu holds it: a traced tree would not look as it is.
         self._progress("frozen")
         reach("source-frozen")
@@ -275,6 +275,27 @@ class Departure:
         reach("source-dumped")
         self._send_images(images, described)
         self._progress("sent")
+
+    def _freeze(self) -> None:
+        """Let the tree stand still, but not between vfork and execve."""
+        cgroup = self._original.cgroup
+        deadline = time.monotonic() + self._patience
+        while True:
+            self._frozen_at = time.monotonic()
+            cgroup.freeze()
+            if not wait_frozen(self._reactor, cgroup, self._patience):
+                raise HostError("cgroup", "the tree does not freeze", "try again")
+            if not amid_vfork(self._original.proc_fd, cgroup.pids()):
+                return
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"pid {self._original.pid}",
+                    "it is always just starting a program (vfork)",
+                    "try again when that runs",
+                )
+            cgroup.thaw()
+            # No event tells that the child has executed its program.
+            wait_until(self._reactor, lambda: False, VFORK_SECONDS)
 
     def _send_images(self, images: Path, described: Dumped) -> None:
         for path in sorted(images.iterdir()):

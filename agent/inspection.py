@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from pathlib import Path
 
 from agent.cgroups import Cgroup, guest_path
@@ -14,17 +15,31 @@ from criu_hooks.preflight import Report, check, examine
 from criu_hooks.tree import ProcessTree
 from migrate.config import Config
 
+# For what passes by itself; nothing tells when.
+_LOOKS = 100
+_PAUSE_SECONDS = 0.02
+
 
 def inspect_process(pid: int, caller_uid: int, caller_pid: int, config: Config) -> Report:
     """Every reason why this process of this host cannot leave. Reads a lot of /proc: not for the loop."""
-    return check(
-        pid,
-        caller_uid,
-        caller_pid=caller_pid,
-        in_view=lambda path: in_view(path, config.shared_paths, caller_uid),
-        ghost_limit_bytes=config.ghost_limit_bytes,
-        link_remap=True,
-    )
+
+    def look() -> Report:
+        return check(
+            pid,
+            caller_uid,
+            caller_pid=caller_pid,
+            in_view=lambda path: in_view(path, config.shared_paths, caller_uid),
+            ghost_limit_bytes=config.ghost_limit_bytes,
+            link_remap=True,
+        )
+
+    report = look()
+    for _ in range(_LOOKS):
+        if not any(obstacle.passing for obstacle in report.obstacles):
+            break
+        time.sleep(_PAUSE_SECONDS)
+        report = look()
+    return report
 
 
 def inspect_guest(offer: Offer, config: Config) -> ProcessTree:
@@ -34,18 +49,22 @@ def inspect_guest(offer: Offer, config: Config) -> ProcessTree:
     :raises MigrateError: it cannot move on, or is not here.
     """
     pid = pid_here(offer)
-    tree = ProcessTree.capture(pid)
-    obstacles = examine(
-        tree,
-        offer.owner.uid,
-        expected_namespaces=Namespaces.of(pid),
-        in_view=lambda path: below(path, offer.view),
-        ghost_limit_bytes=config.ghost_limit_bytes,
-        link_remap=True,
-    )
-    if obstacles:
-        raise obstacles[0].error()
-    return tree
+    for _ in range(_LOOKS):
+        tree = ProcessTree.capture(pid)
+        obstacles = examine(
+            tree,
+            offer.owner.uid,
+            expected_namespaces=Namespaces.of(pid),
+            in_view=lambda path: below(path, offer.view),
+            ghost_limit_bytes=config.ghost_limit_bytes,
+            link_remap=True,
+        )
+        if not obstacles:
+            return tree
+        if not any(obstacle.passing for obstacle in obstacles):
+            break
+        time.sleep(_PAUSE_SECONDS)
+    raise obstacles[0].error()
 
 
 def pid_here(offer: Offer) -> int:

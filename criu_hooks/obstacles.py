@@ -17,6 +17,8 @@ class Obstacle:
     """the process, and which of its files"""
     reason: str
     remedy: str
+    passing: bool = False
+    """over by itself within a moment: worth another look"""
 
     def __str__(self) -> str:
         """One line: `what: reason; remedy`."""

@@ -8,10 +8,10 @@ from criu_hooks.obstacles import Note, Obstacle, printable, process_subject
 from criu_hooks.proc import Credentials, command_of
 from criu_hooks.surroundings import Surroundings
 from criu_hooks.tree import Process, ProcessTree
+from criu_hooks.vfork import awaits_child
 
 # systemd ≥ 254 gives it to every user's session; it lets nobody do what the destination would not.
 _CAP_WAKE_ALARM = 1 << 35
-_VFORK = ("kernel_clone", "_do_fork", "do_fork")
 _IT_STAYS = "processes of this kind stay where they are"
 
 
@@ -161,14 +161,23 @@ def _of_threads(process: Process) -> Iterator[Obstacle]:
             "runs under a seccomp filter, so that no deputy could take its place",
             "start it without the sandbox (for a systemd service: SystemCallFilter=)",
         )
-    if any(t.state == "D" and t.kernel_function in _VFORK for t in process.threads):
-        yield Obstacle(subject, "is just starting a program (vfork)", "try again when that runs")
+    if any(awaits_child(t.state, t.kernel_function) for t in process.threads):
+        yield Obstacle(
+            subject,
+            "is just starting a program (vfork)",
+            "try again when that runs",
+            passing=True,
+        )
 
 
 def identity_notes(tree: ProcessTree) -> Iterator[Note]:
     """Tasks that may make the freeze take long."""
     for process in tree.members:
-        stuck = [t for t in process.threads if t.state == "D" and t.kernel_function not in _VFORK]
+        stuck = [
+            t
+            for t in process.threads
+            if t.state == "D" and not awaits_child(t.state, t.kernel_function)
+        ]
         if stuck:
             where = printable(stuck[0].kernel_function or "the kernel")
             yield Note(
