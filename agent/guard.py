@@ -40,7 +40,6 @@ from agent.lifeline import CONTROL
 from agent.link import (
     Attach,
     Departed,
-    DropNext,
     Ended,
     Failed,
     GuestLost,
@@ -84,6 +83,8 @@ class Guard:
         self._socket = DEPUTIES_DIR / guest
         self._line: HomeLine | None = None
         self._next: HomeLine | None = None
+        self._line_lost = False
+        """the keeper that `_line` led to is no more; the guest is where `_next` leads, or lost"""
         self._start: StartDeparture | StartCommand | None = None
         self._tree: FreshTree | CommandHome | None = None
         self._command: CommandHome | None = None
@@ -459,6 +460,7 @@ class Guard:
         """The guest runs with its next keeper: streams and unheard signals go there."""
         assert self._line is not None and self._start is not None
         old, self._line, self._next = self._line, line, None
+        self._line_lost = False
         positions = []
         for position in started.positions:
             stream = old.lifeline.mux.release(position.stream)
@@ -523,23 +525,36 @@ class Guard:
                     self._next.close()
                 self._next = self._connect(host)
                 self._next.lifeline.attach(fds[0], fds[1])
-            case DropNext(host) if self._next is not None and self._next.host == host:
-                self._next.close()
-                self._next = None
-            case GuestLost(reason) if self._exit_code is None:
-                log.warning("%s: lost: %s", self._guest, reason)
-                if self._command is not None and self._line is not None:
-                    self._command.complain(lost_line(self._line.host))
-                self._end_deputy(LOST_EXIT_CODE)
-            case GuestLost(reason) if self._rest:
-                log.warning("%s: the rest is lost: %s", self._guest, reason)
-                self._rest = False
-                self._finish_if_over()
+            case GuestLost(host, reason) if self._exit_code is None or self._rest:
+                self._lost_at(host, reason)
             case Verdict(resumed):
                 self._verdict = resumed
             case _:
                 for fd in fds:
                     os.close(fd)
+
+    def _lost_at(self, host: str, reason: str) -> None:
+        """The guest is not on `host`. During a hop it may be on another: lost is it when it is on none."""
+        line = self._line_to(host)
+        if line is None or line.lifeline.attached:
+            return  # an answer about an earlier connection
+        log.info("%s: %s", self._guest, reason)
+        if line is self._next:
+            line.close()
+            self._next = None
+        else:
+            self._line_lost = True
+        if not self._line_lost or self._next is not None:
+            return
+        if self._exit_code is not None:
+            log.warning("%s: the rest is lost: %s", self._guest, reason)
+            self._rest = False
+            self._finish_if_over()
+        else:
+            log.warning("%s: lost: %s", self._guest, reason)
+            if self._command is not None:
+                self._command.complain(lost_line(host))
+            self._end_deputy(LOST_EXIT_CODE)
 
     def _line_to(self, host: str) -> HomeLine | None:
         for line in (self._line, self._next):

@@ -79,14 +79,14 @@ class GuestLines:
         while self._here.agents.find(guard.role, guard.guest) is guard:
             try:
                 if not await self._is_there(guard.guest, name):
-                    guard.link.send(GuestLost(f"host {name} does not have it any more"))
+                    guard.link.send(GuestLost(name, f"host {name} does not have it any more"))
                     return
                 await _connect(self._here, guard, Attach("lifeline", name))
                 return
             except MigrateError as error:
                 log.info("%s: no lifeline yet: %s", guard.guest, error)
                 if time.monotonic() > deadline:
-                    guard.link.send(GuestLost(f"host {name} is silent"))
+                    guard.link.send(GuestLost(name, f"host {name} is silent"))
                     return
                 await asyncio.sleep(RETRY_SECONDS)
 

@@ -101,6 +101,9 @@ async def _follow(queue: asyncio.Queue[Packet | None], tell: Tell) -> Departed:
                     departed.sent_bytes,
                 )
                 return departed
+            case Failed(in_doubt=True) as failed:
+                # No PeerError: it may run there, so no other host may be tried instead.
+                raise HostError(failed.what, failed.reason, failed.remedy)
             case Failed() as failed:
                 raise PeerError(failed.what, failed.reason, failed.remedy)
             case None:

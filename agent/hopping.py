@@ -14,13 +14,13 @@ from agent.home_paths import system_files, used_by
 from agent.hosting import cpu_features
 from agent.inspection import inspect_guest
 from agent.journal import Entry
-from agent.link import DropNext, Offer, StartDeparture
+from agent.link import Offer, StartDeparture
 from agent.peers import AnswerLost
 from agent.selection import choose, named_host
 from agent.this_host import ThisHost, guest_gone
 from migrate import messages
 from migrate.config import Host
-from migrate.errors import HostError, MigrateError, PeerError, UserError
+from migrate.errors import HostError, PeerError, UserError
 
 HOP_SECONDS = 3600.0
 
@@ -68,23 +68,15 @@ async def _move_to_idle(here: ThisHost, entry: Entry) -> messages.Moved:
 async def _move_to(
     here: ThisHost, entry: Entry, host: Host, *, chosen: bool = False
 ) -> messages.Moved:
-    try:
-        if entry.peer == here.name:
-            moved = await hop(here, entry.guest, host, tell_nobody, chosen=chosen)
-        else:
-            moved = await here.ask(
-                entry.peer,
-                peer_messages.MoveGuest(entry.guest, host.name, chosen),
-                peer_messages.GuestMoved,
-                HOP_SECONDS,
-            )
-    except AnswerLost:
-        raise
-    except MigrateError:
-        guard = here.agents.find("guard", entry.guest)
-        if guard is not None:
-            guard.link.send(DropNext(host.name))
-        raise
+    if entry.peer == here.name:
+        moved = await hop(here, entry.guest, host, tell_nobody, chosen=chosen)
+    else:
+        moved = await here.ask(
+            entry.peer,
+            peer_messages.MoveGuest(entry.guest, host.name, chosen),
+            peer_messages.GuestMoved,
+            HOP_SECONDS,
+        )
     here.journal.relocate(entry.transaction, host.name, "")
     return messages.Moved(entry.pid, host.name, moved.frozen_ms, moved.sent_bytes)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import array
 import contextlib
+import logging
 import os
 import socket
 from pathlib import Path
@@ -18,6 +19,8 @@ from agent.fd_passing import close_all, receive_fds
 from agent.terminal_mode import Waiting
 from agent.wire import StreamState
 from migrate.framing import MALFORMED
+
+log = logging.getLogger(__name__)
 
 MAX_PACKET = 1 << 17
 MAX_FDS = 8
@@ -136,15 +139,10 @@ class Attach(msgspec.Struct, frozen=True, tag="attach"):
     transaction: Name = ""
 
 
-class DropNext(msgspec.Struct, frozen=True, tag="drop-next"):
-    """migd → guard: the guest did not go to `host` after all."""
+class GuestLost(msgspec.Struct, frozen=True, tag="lost"):
+    """migd → guard: the guest is not on `host` (it has said so, or was silent for too long)."""
 
     host: Name
-
-
-class GuestLost(msgspec.Struct, frozen=True, tag="lost"):
-    """migd → guard: the guest is no more (its host has said so, or was silent for too long)."""
-
     reason: str
 
 
@@ -277,9 +275,7 @@ class Aborted(msgspec.Struct, frozen=True, tag="aborted"):
     remedy: str = ""
 
 
-ToAgent: TypeAlias = (
-    StartDeparture | StartCommand | Attach | EndGuest | Verdict | DropNext | GuestLost
-)
+ToAgent: TypeAlias = StartDeparture | StartCommand | Attach | EndGuest | Verdict | GuestLost
 FromAgent: TypeAlias = Progress | Departed | Failed | NeedLifeline | Ended | LifelineCut
 
 
@@ -322,6 +318,8 @@ class Link:
                 packet = _decode(data)
         if packet is None:
             close_all(fds)
+            if data:
+                log.warning("a packet that makes no sense: the connection is dropped")
             return None
         return packet, fds
 

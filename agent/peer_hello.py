@@ -86,16 +86,19 @@ def check_answer(payload: bytes, peer: str) -> Hello:
     return word
 
 
-def check_caller(payload: bytes, known_as: str) -> Hello:
+def check_caller(payload: bytes, known_as: str, here: str) -> Hello:
     """The Hello of a peer that came in, whose key is that of host `known_as`.
 
-    :raises PeerError: it gets its text as the Refusal.
+    :param here: this host's name.
+    :raises PeerError: it gets its text as the Refusal, to be read there.
     """
     word = _understand(payload, known_as)
     if not isinstance(word, Hello):
         raise PeerError(f"host {known_as}", "it begins with something else than a greeting")
     if word.protocol != PROTOCOL:
-        raise PeerError(f"host {known_as}", *_versions(word.protocol))
+        older = known_as if word.protocol < PROTOCOL else here
+        reason = f"{here} speaks protocol {PROTOCOL}, {known_as} protocol {word.protocol}"
+        raise PeerError(f"host {known_as}", reason, f"upgrade migrate on {older}")
     if word.host != known_as:
         raise PeerError(
             f"host {known_as}",

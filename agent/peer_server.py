@@ -259,7 +259,7 @@ class PeerServer:
             )
         if self._held[peer] > self._bounds.connections:
             raise PeerError(f"host {peer}", "too many connections from it at once")
-        return check_caller(payload, peer)
+        return check_caller(payload, peer, self._own.host)
 
     async def _await_purpose(self, sock: socket.socket, peer: str, stream: FdStream) -> None:
         async with asyncio.timeout(self._bounds.spare_seconds):

@@ -18,7 +18,7 @@ from agent.link import Verdict
 from agent.this_host import RETRY_SECONDS, ThisHost
 from criu_hooks.proc import pid_starttime
 from migrate import paths
-from migrate.errors import MigrateError, PeerError
+from migrate.errors import HostError, MigrateError, PeerError
 
 log = logging.getLogger(__name__)
 
@@ -98,9 +98,10 @@ class Settling:
 
         Nobody can take that over: guest and deputy end, as if killed.
         """
-        self._journal.move(
+        if not self._journal.move(
             entry.transaction, Side.SOURCE, State.ENDED, after=entry.state, reason=_GUARD_KILLED
-        )
+        ):
+            return
         Cgroup(guest_path("guard", entry.guest, "tree")).kill()
         with contextlib.suppress(OSError, MigrateError):
             if pid_starttime(entry.pid) == entry.starttime_ticks:
@@ -160,10 +161,26 @@ class Settling:
         if entry is not None:
             self._here.spawn(self.settle(entry))
 
+    def refuse_if_doubtful(self, pid: int) -> None:
+        """Raise HostError if this process stands frozen until it is known whether it runs elsewhere.
+
+        Moved again it would leave its frozen cgroup, and there would be two of it.
+        """
+        for entry in self._journal.in_state(State.BEGUN, State.COMMITTED):
+            if entry.pid != pid or not _fresh(entry) or entry.boot_id != self._here.boot_id:
+                continue
+            starttime = -1
+            with contextlib.suppress(OSError, MigrateError):
+                starttime = pid_starttime(pid)
+            if starttime == entry.starttime_ticks:
+                raise HostError(
+                    f"pid {pid}", f"its move to {entry.peer} is in doubt", "see `migctl recover`"
+                )
+
     async def settle(self, entry: Entry) -> None:
-        """Ask the destination for its record until it answers."""
+        """Ask the destination for its record until it answers, or an administrator has decided."""
         told = ""
-        while True:
+        while self._undecided(entry):
             try:
                 answer = await self._here.ask(
                     entry.peer,
@@ -186,7 +203,9 @@ class Settling:
             await asyncio.sleep(RETRY_SECONDS)
 
     def conclude(self, entry: Entry, *, resumed: bool) -> None:
-        """It is known now whether the guest has ever run at the destination."""
+        """It is known now whether the guest has ever run at the destination. The first word counts."""
+        if not self._undecided(entry):
+            return
         log.info(
             "%s: settled: %s", entry.transaction, "resumed there" if resumed else "aborted there"
         )
@@ -202,6 +221,10 @@ class Settling:
             entry.transaction, Side.SOURCE, State.ABORTED, after=State.COMMITTED
         ):
             self._put_back(entry)
+
+    def _undecided(self, entry: Entry) -> bool:
+        now = self._journal.find(entry.transaction, entry.side)
+        return now is not None and now.state is State.COMMITTED
 
 
 def _fresh(entry: Entry) -> bool:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import subprocess
 import time
-from collections.abc import Iterator
 
 import pytest
+from holding import await_reached, held, let_go
 from testbed.client import Nodes
 
 COUNTER = """
@@ -77,33 +77,6 @@ class Counter:
         """Every number exactly once and in order: two copies would write some twice."""
         numbers = [int(line) for line in self.lines()]
         assert numbers == list(range(1, len(numbers) + 1))
-
-
-@contextlib.contextmanager
-def held(nodes: Nodes, node: str, point: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A migration waits at `point` on `node` while the body runs; `stdout` says when it is there."""
-    pipe = f"/run/migrate/faults/{point}"
-    nodes.sh(node, f"mkdir -p -m 0700 /run/migrate/faults; mkfifo -m 0600 {pipe}")
-    script = f"exec 3>{pipe}; echo reached; read line; rm -f {pipe}"
-    holder = nodes.popen(node, ["sh", "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    try:
-        yield holder
-    finally:
-        nodes.sh(node, f"rm -f {pipe}")
-        holder.kill()
-        holder.wait()
-
-
-def await_reached(holder: subprocess.Popen[bytes]) -> None:
-    assert holder.stdout is not None
-    assert holder.stdout.readline() == b"reached\n"
-
-
-def let_go(holder: subprocess.Popen[bytes]) -> None:
-    assert holder.stdin is not None
-    with contextlib.suppress(BrokenPipeError):
-        holder.stdin.write(b"\n")
-        holder.stdin.flush()
 
 
 def strike(nodes: Nodes, victim: str) -> None:

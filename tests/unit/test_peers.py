@@ -196,7 +196,7 @@ def test_a_greeting_with_more_fields_is_still_understood() -> None:
 
 def test_a_caller_must_be_the_host_its_key_belongs_to() -> None:
     with pytest.raises(PeerError, match="the host with its key calls itself node1"):
-        check_caller(encode_word(NODE1), "node3")
+        check_caller(encode_word(NODE1), "node3", "node2")
 
 
 def test_what_a_peer_says_is_one_short_printable_line() -> None:
@@ -379,7 +379,8 @@ def test_without_ssh_this_host_is_to_blame() -> None:
         (
             "node1",
             Hello(PROTOCOL + 1, "node1", "b"),
-            f"it speaks protocol {PROTOCOL + 1}, this host {PROTOCOL}",
+            f"node2 speaks protocol {PROTOCOL}, node1 protocol {PROTOCOL + 1}; "
+            "upgrade migrate on node2",
         ),
     ],
 )
