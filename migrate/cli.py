@@ -180,7 +180,7 @@ def main() -> None:
         show = getattr(error, "format_message", None)
         if show is None:
             raise
-        print(f"migrate: {show()}", file=sys.stderr)
+        print(f"migrate: {show().rstrip('.')}; see `migrate --help`", file=sys.stderr)
         sys.exit(OWN_FAILURE)
 
 

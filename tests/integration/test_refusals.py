@@ -126,8 +126,10 @@ def test_what_is_no_pid(desk: Desk, word: str, hint: str) -> None:
     assert hint in refused(desk, "-p", word, "-h", "node2")
 
 
-def test_no_pid_at_all(desk: Desk) -> None:
-    assert "-p" in refused(desk, "-h", "node2")
+@pytest.mark.parametrize("words", [["--check"], ["--check", "-h", "node2"]])
+def test_no_pid_at_all(desk: Desk, words: list[str]) -> None:
+    """Without these words it is a shell that is to run elsewhere."""
+    assert "-p" in refused(desk, *words)
 
 
 def test_a_process_of_root(desk: Desk) -> None:
