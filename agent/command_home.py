@@ -23,6 +23,7 @@ from agent.limits import parse_limits
 from agent.link import StartCommand
 from agent.reactor import READ, Reactor
 from agent.waiting import wait_until
+from agent.wire import WINDOW
 from criu_hooks.proc import ProcDir, parse_stat, parse_status
 from migrate.command_wire import MAX_COMMAND_BYTES, Reply
 from migrate.errors import HostError, MigrateError, PeerError, UserError
@@ -242,6 +243,10 @@ class CommandHome:
             kind: type[Source]
             if stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode):
                 kind = PeekSource
+                # What is seen stays in the pipe until the command has read it: so much is under way.
+                with contextlib.suppress(OSError):
+                    if fcntl.fcntl(fd, fcntl.F_GETPIPE_SZ) < WINDOW:
+                        fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, WINDOW)
             else:
                 kind = FileSource if stat.S_ISREG(mode) or stat.S_ISBLK(mode) else FdSource
             self.sources.append(kind(self._reactor, stream.sender, fd, on_end=over))

@@ -31,7 +31,9 @@ from migrate.errors import HostError, MigrateError
 
 EXEC_SECONDS = 60.0
 """The file may have to come from home."""
-PIPE_BYTES = 1 << 20
+OUTPUT_BYTES = 1 << 20
+"""In a command's pipe. Its input is smaller than a window: only of a full pipe is known at once when it
+is read."""
 LOWEST_NICE = 19
 _JOINED = b"."
 _STDIO = (0, 1, 2)
@@ -111,8 +113,9 @@ class CommandStart:
     def _make_pipe(self, stream: int, outgoing: bool) -> tuple[StreamPipe, int, int]:
         """:returns: how it is listed for the next hop, our end, the command's end."""
         reading, writing = os.pipe()
-        with contextlib.suppress(OSError):
-            fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+        if outgoing:
+            with contextlib.suppress(OSError):
+                fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, OUTPUT_BYTES)
         # It may open its end again through /proc, as /dev/stdout.
         os.fchown(reading, self._offer.owner.uid, self._offer.owner.gid)
         size = fcntl.fcntl(writing, fcntl.F_GETPIPE_SZ)

@@ -467,9 +467,9 @@ class PeekSource:
             return b""
         if self._scratch is None:
             return self._port.peek(min(there, seen + room))[seen:]
-        return self._tee(there)[seen : seen + room]
+        return self._tee(there, seen)[:room]
 
-    def _tee(self, there: int) -> bytes:
+    def _tee(self, there: int, seen: int) -> bytes:
         assert self._scratch is not None
         out, into = self._scratch
         # As many slots as the pipe has: a slot may hold a single byte.
@@ -477,31 +477,55 @@ class PeekSource:
         if fcntl.fcntl(into, fcntl.F_GETPIPE_SZ) < size:
             with contextlib.suppress(OSError):  # beyond our limit: then less is seen at a time
                 fcntl.fcntl(into, fcntl.F_SETPIPE_SZ, size)
-        count = _libc.tee(self._port.io, into, there, 2)  # SPLICE_F_NONBLOCK
-        return os.read(out, count) if count > 0 else b""
+        count = _libc.tee(self._port.io, into, there, os.SPLICE_F_NONBLOCK)
+        skipped = _throw_away(out, min(seen, count)) if count > 0 else 0
+        return os.read(out, count - skipped) if count > skipped else b""
 
     def _acked(self) -> None:
         upto = min(self._sender.acked, self._sender.end)
         while self._taken < upto:
-            try:
-                data = self._port.read(upto - self._taken)
-            except OSError:
-                data = b""
-            if not data:
+            count = self._read_away(upto - self._taken)
+            if not count:
                 # Somebody else at home has read them, as two readers of one pipe do.
                 self._taken = upto
                 break
-            self._taken += len(data)
+            self._taken += count
         if self._sender.finished:
             self.close()
             self._on_end(End.FINISHED)
         else:
             self._ready(0)
 
+    def _read_away(self, count: int) -> int:
+        """Take at most so many bytes out; how many there were."""
+        try:
+            if self._port.fifo:
+                return _throw_away(self._port.io, min(count, unread(self._port.io)))
+            return len(self._port.read(count))
+        except OSError:
+            return 0
+
     def _refused(self) -> None:
         if self._open:
             self.close()
             self._on_end(End.RESET)
+
+
+def _throw_away(pipe: int, count: int) -> int:
+    """Take bytes out of a pipe without looking at them; how many there were."""
+    left = count
+    null = os.open("/dev/null", os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        while left > 0:
+            gone = os.splice(pipe, null, left, flags=os.SPLICE_F_NONBLOCK)
+            if not gone:
+                break
+            left -= gone
+    except BlockingIOError:
+        pass
+    finally:
+        os.close(null)
+    return count - left
 
 
 class Duplex:
