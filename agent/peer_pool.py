@@ -30,6 +30,9 @@ _LAST_WORDS_SECONDS = 2.0
 REFILL_SECONDS = 2.0
 """After a connection was taken for a migration: not while the guest stands still."""
 
+HANDSHAKES = 5
+"""At once with one peer: its sshd drops some of more than ten (MaxStartups)."""
+
 
 class RawPool:
     """Raw connections to peers, in the running loop, until `aclose`.
@@ -53,6 +56,7 @@ class RawPool:
         self._wanted = spares
         self._command = command
         self._spares: dict[Host, list[RawConnection]] = {}
+        self._handshakes: dict[Host, asyncio.Semaphore] = {}
         self._filling: dict[Host, asyncio.Task[None]] = {}
         self._expiry: dict[Host, asyncio.TimerHandle] = {}
         self._children: dict[int, RawConnection] = {}
@@ -95,6 +99,10 @@ class RawPool:
         :raises PeerUnreachable: it cannot be made; the reason is the peer's or ssh's.
         :raises HostError: this host cannot start ssh.
         """
+        async with self._handshakes.setdefault(peer, asyncio.Semaphore(HANDSHAKES)):
+            return await self._open(peer)
+
+    async def _open(self, peer: Host) -> RawConnection:
         connection = self._start(peer)
         try:
             async with asyncio.timeout(self._patience.connect_seconds):
