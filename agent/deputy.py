@@ -11,6 +11,7 @@ lists may be empty. PADDING is room for the command line that ps shall show.
 Lines of ASCII, deputy → guard:
     READY          first on every connection; all that is not yet answered by GOT follows again
     SIG N [VALUE]  a signal arrived; VALUE (64 bits, unsigned) if it came from sigqueue(3)
+    GROUP N        a signal arrived from the kernel, as ^C of a terminal comes: for the whole group
     CONT           continued after a STOP; the SIGCONT that did it is not reported besides
     HELD           HOLD is in force
     GONE           EXIT or KILLED was read, the end follows
@@ -45,7 +46,7 @@ LINE_LIMIT = 4096
 CLOSE_ALL = (1 << 31) - 1
 
 STOP_SIGNALS = (_signal.SIGSTOP, _signal.SIGTSTP, _signal.SIGTTIN, _signal.SIGTTOU)
-SI_USER, SI_QUEUE, SI_TKILL = 0, -1, -6
+SI_USER, SI_QUEUE, SI_TKILL, SI_KERNEL = 0, -1, -6, 0x80
 # From the kernel these are about the process itself: its timers, children, descriptors and limits,
 # all of which the guest has for itself. From the kernel others come too: ^C, hangups.
 OWN_AFFAIRS = frozenset(
@@ -81,6 +82,8 @@ class Signal:
         """The report to the guard."""
         if self.code == SI_QUEUE:
             return f"SIG {self.number} {self.value}\n"
+        if self.code == SI_KERNEL:
+            return f"GROUP {self.number}\n"
         return f"SIG {self.number}\n"
 
 

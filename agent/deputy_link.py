@@ -29,6 +29,8 @@ class Signalled:
     number: int
     value: int | None = None
     """What sigqueue(3) gave with it, 64 bits unsigned."""
+    group: bool = False
+    """It was sent to the whole process group, as a terminal does."""
 
 
 @dataclass(frozen=True)
@@ -204,7 +206,7 @@ def _peer_pid(connection: socket.socket) -> int:
 def _parse(line: bytes) -> Report | None:
     """A report, or None for what is not one: a user can run anything in the deputy's place."""
     word, *rest = line.decode("ascii", "replace").split()[:3] or [""]
-    if word != "SIG":
+    if word not in ("SIG", "GROUP"):
         return _PLAIN.get(word)
     try:
         number, *value = map(int, rest)
@@ -212,4 +214,6 @@ def _parse(line: bytes) -> Report | None:
         return None
     if not 1 <= number <= 64 or not all(0 <= word < 1 << 64 for word in value):
         return None
-    return Signalled(number, *value)
+    if word == "GROUP":
+        return None if value else Signalled(number, group=True)
+    return Signalled(number, value[0] if value else None)

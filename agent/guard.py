@@ -346,18 +346,18 @@ class Guard:
                         self._deputy.end(self._exit_code)
                     elif self._guest_stopped and not self._deputy_stopped:
                         self._deputy.stop(self._guest_stopped)
-                case Signalled(number, value):
+                case Signalled(number, value, group):
                     if self._terminal is not None:
                         if number == signal.SIGCONT:
                             self._terminal.continued()
                         elif self._terminal.look() and number == signal.SIGWINCH:
                             continue  # the far terminal tells all of the guest
-                    self._to_keeper(guestwords.Signal(number, value))
+                    self._to_keeper(guestwords.Signal(number, value, group))
                 case Continued():
                     self._guest_stopped = 0
                     if self._terminal is not None:
                         self._terminal.continued()
-                    self._to_keeper(guestwords.Signal(signal.SIGCONT))
+                    self._to_keeper(guestwords.Signal(signal.SIGCONT, group=True))
                 case Broken():
                     self._drop_deputy()
                     return

@@ -276,7 +276,8 @@ class GuestHost:
 
         :raises MigrateError: it will never run here.
         """
-        if not wait_until(self._reactor, self._lifeline_up, ATTACH_SECONDS):
+        wait_until(self._reactor, lambda: self._finished or self._lifeline_up(), ATTACH_SECONDS)
+        if not self._lifeline_up():
             raise PeerError(f"host {self._offer.source}", "did not connect in time")
         assert self._lifeline is not None
         self._capsule = self._build_capsule()
@@ -562,9 +563,11 @@ class GuestHost:
         except MALFORMED as error:
             raise ProtocolError(f"a message that makes no sense: {error}") from None
         match word:
-            case guestwords.Signal(number, value):
+            case guestwords.Signal(number, value, group):
                 if self._exit_code is not None or not 1 <= number <= 64:
                     return True
+                if group:
+                    self._signal_group(number)
                 with contextlib.suppress(ProcessLookupError):
                     if value is None:
                         os.kill(root, number)
@@ -586,11 +589,27 @@ class GuestHost:
     def _kill(self) -> None:
         """What happened to the deputy happens to the root alone, as at home."""
         if not self._born:
-            self._tree.kill()
-            self._finished = True
+            self._end()
         elif self._exit_code is None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._offer.ids.pid, signal.SIGKILL)
+
+    def _end(self) -> None:
+        """Whoever waits for the view then, as the capsule's builder may, gets an error from it."""
+        self._tree.kill()
+        self._finished = True
+        if not self._born and self._duplex is not None:
+            self._duplex.close()
+
+    def _signal_group(self, number: int) -> None:
+        """All of the root's group but the root. The keeper may be in it too: so not by killpg."""
+        root = self._offer.ids.pid
+        with contextlib.suppress(ProcessLookupError):
+            group = os.getpgid(root)
+            for pid in self._tree.pids() - {root}:
+                with contextlib.suppress(ProcessLookupError):
+                    if os.getpgid(pid) == group:
+                        os.kill(pid, number)
 
     def _cut(self, reason: PeerError) -> None:
         """Cut off is not dead, but a guest must not run on unseen for ever (invariant 7)."""
@@ -676,8 +695,7 @@ class GuestHost:
                 self._verdict = resumed
             case EndGuest(reason):
                 log.warning("%s: ended: %s", self._guest, reason)
-                self._tree.kill()
-                self._finished = True
+                self._end()
             case _:
                 for fd in fds:
                     os.close(fd)

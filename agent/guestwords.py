@@ -12,10 +12,14 @@ from agent.wire import Stream
 
 
 class Signal(msgspec.Struct, frozen=True, tag="signal"):
-    """guard → keeper: a signal that reached the deputy, for the root of the guest."""
+    """guard → keeper: a signal that reached the deputy, for the root of the guest.
+
+    `group`: for the rest of its process group as well; at home that was one group with the deputy.
+    """
 
     number: int
     value: int | None = None
+    group: bool = False
 
 
 class Kill(msgspec.Struct, frozen=True, tag="kill"):

@@ -72,6 +72,7 @@ def run(words: Words) -> NoReturn:
 
     :raises MigrateError: nothing was run.
     """
+    _open_stdio()
     report = _in_background() if words.background else None
     try:
         starting, signal_fd = _ask(words)
@@ -134,9 +135,7 @@ def _send(sock: _socket.socket, request: Request, words: Words) -> None:
     description = _sealed(_command(words).encode())
     try:
         sock.connect(RUN_SOCKET)
-        fds = b"".join(
-            fd.to_bytes(_INT_BYTES, sys.byteorder) for fd in (description, *_open_stdio())
-        )
+        fds = b"".join(fd.to_bytes(_INT_BYTES, sys.byteorder) for fd in (description, *_STDIO))
         sock.sendmsg([packet], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, fds)])
     except OSError as error:
         raise HostError(
@@ -173,14 +172,13 @@ def _sealed(data: bytes) -> int:
     return fd
 
 
-def _open_stdio() -> tuple[int, ...]:
-    """The three descriptors; those that are closed are /dev/null from now on."""
+def _open_stdio() -> None:
+    """Those of the three descriptors that are closed are /dev/null from now on."""
     for fd in _STDIO:
         try:
             os.fstat(fd)
         except OSError:
             os.set_inheritable(os.open("/dev/null", os.O_RDWR), True)  # the lowest number: this
-    return _STDIO
 
 
 # ---------------------------------------------------------------------- becoming
@@ -229,7 +227,7 @@ def _found(file: str) -> str:
 
 
 def _say(text: str) -> None:
-    print(f"migrate: {text}", file=sys.stderr, flush=True)
+    os.write(2, f"migrate: {text}\n".encode(errors="replace"))
 
 
 # ---------------------------------------------------------------------- -b
