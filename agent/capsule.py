@@ -15,6 +15,7 @@ from pathlib import Path
 
 from agent import syscalls
 from agent.capsule_root import SHM_OPTIONS, RootPlan, lay
+from agent.fd_passing import close_all_but
 from agent.reactor import READ, Reactor
 from agent.syscalls import (
     CLONE_NEWIPC,
@@ -92,6 +93,8 @@ def _inside(
     status = 1
     step = "namespaces"
     try:
+        # The view must end when the keeper wants it to, so nobody else may hold its socket.
+        close_all_but(report.fileno())
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         syscalls.unshare(CLONE_NEWNS | CLONE_NEWUTS | CLONE_NEWIPC)
         syscalls.mount("", Path("/"), flags=MS_REC | MS_SLAVE)

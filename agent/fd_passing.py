@@ -6,6 +6,8 @@ import array
 import os
 import socket
 
+_MOST_FDS = (1 << 31) - 1
+
 
 def receive_fds(sock: socket.socket, size: int, max_fds: int) -> tuple[bytes, list[int], bool]:
     """One packet, the descriptors that came with it, and whether it was cut short. Raises OSError."""
@@ -22,3 +24,9 @@ def close_all(fds: list[int]) -> None:
     """Give received descriptors back."""
     for fd in fds:
         os.close(fd)
+
+
+def close_all_but(kept: int) -> None:
+    """Close every descriptor but stdio and this one."""
+    os.closerange(3, kept)
+    os.closerange(kept + 1, _MOST_FDS)

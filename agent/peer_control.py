@@ -57,8 +57,9 @@ class ControlConnection:
         self._connect = connect
         self._link: _Link | None = None
         self._linking: asyncio.Task[_Link] | None = None
-        self._failed: MigrateError | None = None
-        self._failed_at = 0.0
+        self._begun = 0.0
+        self._not_before = 0.0
+        """When the next attempt may be made, in the loop's time."""
 
     @property
     def connected(self) -> bool:
@@ -100,22 +101,29 @@ class ControlConnection:
             self._link.lose(AnswerLost(f"host {self.peer.name}", "migd is ending here"))
 
     async def _current(self) -> "_Link":
-        if self._link is not None and self._link.lost is None:
-            return self._link
+        """What an attempt has found that began before somebody asked is no answer for him."""
         loop = asyncio.get_running_loop()
-        if self._linking is None:
-            since = loop.time() - self._failed_at
-            if self._failed is not None and since < self._patience.retry_after_seconds:
-                raise self._failed
-            self._linking = asyncio.create_task(self._make())
-            self._linking.add_done_callback(self._made)
-        linking = self._linking
-        try:
-            return await asyncio.shield(linking)
-        except asyncio.CancelledError:
-            if linking.cancelled():
-                raise PeerUnreachable(f"host {self.peer.name}", "migd is ending here") from None
-            raise
+        asked = loop.time()
+        while True:
+            if self._link is not None and self._link.lost is None:
+                return self._link
+            if self._linking is None:
+                if (wait := self._not_before - loop.time()) > 0:
+                    await asyncio.sleep(wait)
+                    continue
+                self._begun = loop.time()
+                self._linking = asyncio.create_task(self._make())
+                self._linking.add_done_callback(self._made)
+            linking, begun = self._linking, self._begun
+            try:
+                return await asyncio.shield(linking)
+            except asyncio.CancelledError:
+                if linking.cancelled():
+                    raise PeerUnreachable(f"host {self.peer.name}", "migd is ending here") from None
+                raise
+            except MigrateError:
+                if begun >= asked:
+                    raise
 
     async def _make(self) -> "_Link":
         def blocking() -> Line:
@@ -133,9 +141,10 @@ class ControlConnection:
             return
         error = task.exception()
         if error is None:
-            self._link, self._failed = task.result(), None
-        elif isinstance(error, MigrateError):
-            self._failed, self._failed_at = error, asyncio.get_running_loop().time()
+            self._link = task.result()
+        else:
+            now = asyncio.get_running_loop().time()
+            self._not_before = now + self._patience.retry_after_seconds
 
 
 class _Link:

@@ -26,7 +26,7 @@ class Patience:
     answer_seconds: float = 5.0
     """The peer is dead to us if it gives none within."""
     retry_after_seconds: float = 1.0
-    """So long after a failed attempt the same failure is told again without a new one."""
+    """Between a failed attempt and the next."""
     spare_seconds: float = 600.0
     """A spare raw connection that nobody takes is closed then."""
 

@@ -273,9 +273,11 @@ def test_an_interrupt_from_the_terminal_is_for_the_commands_children_too(desk: D
 
 
 def test_a_client_killed_before_its_command_began_leaves_nothing(desk: Desk) -> None:
-    shell, pid = desk.job("migrate -h node2 sleep 100 </dev/null")
-    desk.send(pid, "KILL")
-    assert shell.status() == 128 + 9
+    for step in range(4):
+        shell, pid = desk.job(f"migrate -D -h node2 sleep 100 </dev/null 2>steps{step}")
+        until(lambda step=step: desk.lines(f"steps{step}") >= step, f"step {step} is done")
+        desk.send(pid, "KILL")
+        assert shell.status() == 128 + 9
 
 
 def test_a_command_outlives_the_daemons(desk: Desk) -> None:
