@@ -159,7 +159,7 @@ def clean_up(role: str, guest: str) -> None:
     """Give back what a guard or keeper that was killed has left."""
     directory = paths.GUESTS_DIR / f"{role}-{guest}"
     dissolve(role, guest)
-    for name in ("images", "view"):
+    for name in ("images", "view", "pts"):
         with contextlib.suppress(OSError):
             syscalls.umount(directory / name, syscalls.MNT_DETACH)
     shutil.rmtree(directory, ignore_errors=True)
