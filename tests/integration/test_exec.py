@@ -59,7 +59,7 @@ def test_it_is_the_users_own_process_in_her_own_world(desk: Desk) -> None:
 def test_it_is_listed_and_can_be_moved_on(desk: Desk) -> None:
     shell, pid = desk.job("migrate -h node2 python3 counter.py 7 </dev/null >out")
     desk.grows("out")
-    assert guests_at(desk.nodes, "node2") == {pid}
+    until(lambda: guests_at(desk.nodes, "node2") == {pid}, "it runs")
     listed = desk.nodes.exec("node1", ["migctl", "ps"], user="alice").stdout
     assert f"{pid:#x}" in listed
     assert "counter.py" in listed
@@ -158,7 +158,7 @@ def test_in_the_background_its_pid_is_told_and_it_outlives_the_shell(desk: Desk)
     told = desk.read("out").splitlines()[0]
     pid = int(told, 16)
     assert told == f"{pid:#x}"
-    assert guests_at(desk.nodes, "node2") == {pid}
+    until(lambda: guests_at(desk.nodes, "node2") == {pid}, "it runs")
     assert desk.ids(pid).split()[1:] == ["1", str(pid), str(pid)]
     desk.move(pid, "node3")
     desk.enough()
