@@ -122,6 +122,7 @@ class Arrival:
         )
         with contextlib.suppress(PeerError):
             self._bulk.send_message(Resumed())
+        reach("destination-resumed")
         return arrived
 
     def _receive_images(self) -> Dumped:

@@ -487,7 +487,8 @@ class Guard:
             log.warning("%s: connection with %s: %s", self._guest, line.host, reason.reason)
             if self._terminal is not None and line is self._line:
                 self._terminal.cut_off()
-            self._say(NeedLifeline(line.host))
+            if line is self._next or self._next is None:
+                self._say(NeedLifeline(line.host))
             if self._command is not None:
                 self._reactor.call_later(CUT_SECONDS, lambda: self._say_cut(line))
 
@@ -542,6 +543,8 @@ class Guard:
         if line is self._next:
             line.close()
             self._next = None
+            if self._line is not None and not self._line.lifeline.attached and not self._line_lost:
+                self._say(NeedLifeline(self._line.host))
         else:
             self._line_lost = True
         if not self._line_lost or self._next is not None:

@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import socket
+import threading
 import time
 from pathlib import Path
 
@@ -61,6 +62,14 @@ END_POLL_SECONDS = 0.005
 FAREWELL_SECONDS = 60.0
 NOT_STARTED_SECONDS = 5.0
 OWN_FAILURE = 125
+
+
+def _remove(paths: list[Path]) -> None:
+    for path in paths:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 class GuestHost:
@@ -174,11 +183,8 @@ class GuestHost:
             self._connect_pipes()
         self._bulk.close()
         self._bulk = None
-        for path in self._images.iterdir():
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
+        # The kernel takes its time for large ones, while home waits for the guest's output.
+        threading.Thread(target=_remove, args=(list(self._images.iterdir()),), daemon=True).start()
         self._reap()
 
     def _build_capsule(self) -> capsule.Capsule:

@@ -4,7 +4,7 @@ import subprocess
 
 import pytest
 from holding import await_reached, held, let_go
-from moving import PATIENCE_SECONDS, Desk, Shell, guests_at, until
+from moving import PATIENCE_SECONDS, Desk, Shell, agent_pids, guests_at, until
 
 LONG_SECONDS = 90.0
 """For what waits for a host to boot, or for a connection to be found dead."""
@@ -130,6 +130,23 @@ def test_a_hop_in_doubt_that_did_succeed_keeps_its_guest(desk: Desk) -> None:
     until(lambda: not guests_at(desk.nodes, "node2"), "node2 has let go of it", LONG_SECONDS)
     desk.grows("out")
     desk.move(pid, "node1")
+    desk.enough()
+    assert shell.status() == 7
+    assert desk.count().unbroken
+
+
+def test_a_guest_is_not_lost_with_the_keeper_that_it_has_left(desk: Desk) -> None:
+    """Home hears from its new keeper only long after the old one has ended."""
+    shell, pid = counter(desk)
+    desk.move(pid, "node2")
+    with held(desk.nodes, "node3", "destination-resumed") as holder:
+        client = start_move(desk, pid, "node3")
+        await_reached(holder)
+        assert client.wait(LONG_SECONDS) == 0
+        until(lambda: not agent_pids(desk.nodes, "node2", "keeper"), "node2 is rid of it")
+        let_go(holder)
+    desk.grows("out")
+    desk.move(pid, desk.home)
     desk.enough()
     assert shell.status() == 7
     assert desk.count().unbroken
