@@ -103,6 +103,7 @@ class Deputy:
 
     def run(self) -> None:
         """Serve for ever, whatever happens to the connection."""
+        self.take_pending()
         while True:
             try:
                 if self.guard is None:
@@ -111,6 +112,13 @@ class Deputy:
             except Exception:
                 # Whatever it was: an end of this process would be taken for the guest's.
                 self.disconnect()
+
+    def take_pending(self) -> None:
+        """Read what is pending already. A timer's last signal would swallow one that is sent later."""
+        poll = select.poll()
+        poll.register(self.signals, select.POLLIN)
+        while len(self.unanswered) < UNANSWERED_LIMIT and poll.poll(0):
+            self.report(Signal(posix.read(self.signals, SIGNAL_RECORD)))
 
     def connect(self) -> None:
         """One attempt; a failure leaves `guard` None and makes the next wait longer."""
