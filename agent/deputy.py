@@ -99,15 +99,17 @@ class Deputy:
         self.input = b""
         self.unanswered: list[str] = []
         self.held = False
+        self.ready = False
         self.retry_ms = 10
 
     def run(self) -> None:
         """Serve for ever, whatever happens to the connection."""
-        self.take_pending()
         while True:
             try:
                 if self.guard is None:
                     self.connect()
+                if not self.ready:
+                    self.take_pending()
                 self.serve()
             except Exception:
                 # Whatever it was: an end of this process would be taken for the guest's.
@@ -119,6 +121,7 @@ class Deputy:
         poll.register(self.signals, select.POLLIN)
         while len(self.unanswered) < UNANSWERED_LIMIT and poll.poll(0):
             self.report(Signal(posix.read(self.signals, SIGNAL_RECORD)))
+        self.ready = True
 
     def connect(self) -> None:
         """One attempt; a failure leaves `guard` None and makes the next wait longer."""
