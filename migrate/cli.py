@@ -2,82 +2,21 @@
 
 from __future__ import annotations
 
-import io
 import sys
 from typing import Annotated
 
 import typer
 
-from migrate import client, messages
 from migrate.command import Words, run
 from migrate.errors import MigrateError
-from migrate.pids import format_pid, parse_pid
+from migrate.move import Moves, move
+from migrate.pids import parse_pid
 
 OWN_FAILURE = 125
 HOST_ID_MAX = 65535
 """as migrate.config.HostId"""
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-
-
-class _Reporter:
-    """What a user sees of one migration."""
-
-    def __init__(self, pid: int, verbose: bool, debug: bool) -> None:
-        self._pid = pid
-        self._verbose = verbose
-        self._debug = debug
-        self._line = sys.stderr.isatty() and sys.stdout.isatty()
-        self._shown = False
-
-    def progress(self, progress: messages.Progress) -> None:
-        if self._debug:
-            print(
-                f"{format_pid(self._pid)}: {progress.step} ({progress.sent_bytes} bytes, "
-                f"{progress.at_ms:.1f} ms after the freeze)",
-                file=sys.stderr,
-            )
-        elif self._line and progress.sent_bytes:
-            text = f"\r{format_pid(self._pid)}: {progress.sent_bytes / (1 << 20):.0f} MiB"
-            print(text, end="\033[K", file=sys.stderr, flush=True)
-            self._shown = True
-
-    def clear(self) -> None:
-        if self._shown:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
-
-    def moved(self, moved: messages.Moved) -> None:
-        if sys.stdout.isatty() or self._verbose:
-            mebibytes = moved.sent_bytes / (1 << 20)
-            print(
-                f"{format_pid(moved.pid)} → {moved.host}  "
-                f"(frozen {moved.frozen_ms:.0f} ms, {mebibytes:.0f} MiB)"
-            )
-        if self._verbose:
-            for note in moved.notes:
-                print(f"migrate: {note}", file=sys.stderr)
-
-
-def _move(pid: int, request: messages.Move, verbose: bool, debug: bool) -> bool:
-    reporter = _Reporter(pid, verbose, debug)
-    for reply in client.ask(request):
-        match reply:
-            case messages.Progress():
-                reporter.progress(reply)
-            case messages.Moved():
-                reporter.clear()
-                reporter.moved(reply)
-            case messages.Checked():
-                print(f"{format_pid(pid)} can move")
-                for note in reply.notes:
-                    print(f"migrate: {note}", file=sys.stderr)
-            case messages.Refused():
-                reporter.clear()
-                for obstacle in reply.obstacles:
-                    error = MigrateError(obstacle.what, obstacle.reason, obstacle.remedy)
-                    print(f"migrate: {error}", file=sys.stderr)
-                return False
-    return True
 
 
 def _parse_host_id(word: str) -> int:
@@ -156,19 +95,13 @@ def migrate(
         )
     if command or background or low or local or file:
         raise MigrateError("-p", "moves processes, and runs no command", "use one of them")
-    processes = [parse_pid(word) for word in pids]
-    good = True
-    for process in processes:
-        request = messages.Move(process, host or "", number, check)
-        good = _move(process, request, verbose, debug) and good
-    if not good:
+    moves = Moves([parse_pid(word) for word in pids], host or "", number, check, verbose, debug)
+    if not move(moves):
         raise typer.Exit(OWN_FAILURE)
 
 
 def main() -> None:
     """Entry point: own failures end with 125 and one line on stderr."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # not every locale has an arrow
     try:
         sys.exit(app(standalone_mode=False) or 0)
     except MigrateError as error:

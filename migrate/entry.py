@@ -1,7 +1,8 @@
-"""What `migrate` executes first: a command goes straight on its way, all else to `migrate.cli`.
+"""What `migrate` executes first: commands and moves go straight on their way, all else to `migrate.cli`.
 
-Typer costs 70 ms; a command that runs elsewhere should not wait for them. So the few options of a
-command are read here; whatever is not plainly one of them typer reads, and complains about.
+Typer costs 100 ms; neither a command that runs elsewhere nor a process that moves should wait for
+them. So their few options are read here; whatever is not plainly one of them typer reads, and
+complains about.
 """
 
 from __future__ import annotations
@@ -15,9 +16,12 @@ TYPE_CHECKING = False  # typing's own, without its import
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from migrate.move import Moves
+
 OWN_FAILURE = 125
 _FLAGS = {"b": "background", "B": "low", "l": "local", "v": "verbose", "D": "debug"}
 _VALUES = {"h": "host", "E": "file"}
+_MOVE_FLAGS = ("-v", "-D")
 
 
 def plain_command(words: Sequence[str]) -> Words | None:
@@ -52,18 +56,50 @@ def plain_command(words: Sequence[str]) -> Words | None:
     )
 
 
+def plain_move(words: Sequence[str]) -> Moves | None:
+    """What the words after `migrate` say about processes to move, or None if typer must read them."""
+    from migrate.move import Moves
+    from migrate.pids import parse_pid
+
+    pids: list[int] = []
+    hosts: list[str] = []
+    flags: set[str] = set()
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if word in _MOVE_FLAGS:
+            flags.add(word)
+        elif word == "-p" and rest:
+            pids.append(parse_pid(rest.pop(0)))
+        elif word == "-h" and rest and rest[0]:
+            hosts.append(rest.pop(0))
+        else:
+            return None
+    if not pids or len(hosts) > 1:
+        return None
+    return Moves(pids, "".join(hosts), verbose="-v" in flags, debug="-D" in flags)
+
+
 def main() -> None:
     """Entry point: own failures end with 125 and one line on stderr."""
-    words = plain_command(sys.argv[1:])
-    if words is None:
-        from migrate import cli
-
-        cli.main()
-        return
     try:
-        run(words)
+        _main(sys.argv[1:])
     except MigrateError as error:
         print(f"migrate: {error}", file=sys.stderr)
         sys.exit(OWN_FAILURE)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _main(words: Sequence[str]) -> None:
+    command = plain_command(words)
+    if command is not None:
+        run(command)
+    moves = plain_move(words) if "-p" in words else None
+    if moves is not None:
+        from migrate.move import move
+
+        sys.exit(0 if move(moves) else OWN_FAILURE)
+    from migrate import cli
+
+    cli.main()

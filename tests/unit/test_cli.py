@@ -26,7 +26,7 @@ PROGRAM = """\
 import pathlib, sys
 from migrate import paths
 paths.MIGD_SOCKET = pathlib.Path(sys.argv.pop(1))
-from migrate.cli import main
+from migrate.entry import main
 main()
 """
 MOVED = Moved(0x1A2B, "node3", 48.4, 212 << 20, ("a note",))
