@@ -29,6 +29,9 @@ __all__ = [
     "own_hello",
 ]
 
+SPARES = 4
+"""A first migration takes two, for the images and for the lifeline; another may follow soon."""
+
 
 class Peers:
     """The calling side, for the running loop: `async with Peers(own) as peers`."""
@@ -43,8 +46,7 @@ class Peers:
         self._identity = identity
         self._patience = patience
         self._controls: dict[str, ControlConnection] = {}
-        # A first migration takes two: for the images, and for the lifeline.
-        self.raw = RawPool(own, identity, patience, spares=2)
+        self.raw = RawPool(own, identity, patience, spares=SPARES)
 
     async def __aenter__(self) -> "Peers":
         return self
