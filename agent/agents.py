@@ -39,6 +39,8 @@ class Agent:
         self.pid = 0
         self.waiting: list[asyncio.Queue[Packet | None]] = []
         """who follows what it says; None: it has ended"""
+        self.moving = asyncio.Lock()
+        """held by whoever moves a keeper's guest on: one hop after the other"""
 
 
 class Agents:

@@ -86,16 +86,27 @@ class Arrival:
         self._own = Cgroup(guest_path("keeper", offer.guest, "own"))
         self._received_at = 0.0
 
-    def run(self, call: CriuCall, before_ready: Callable[[Arrived], None]) -> Arrived:
+    def run(
+        self,
+        call: CriuCall,
+        before_ready: Callable[[Arrived], None],
+        let_run: Callable[[], None],
+    ) -> Arrived:
         """Receive, restore, and let it run once the source has committed.
 
         :param before_ready: is called before the source may commit: streams must be open by then.
+        :param let_run: thaws the tree.
         :raises MigrateError: nothing of it will ever run here; the caller records and says so.
         """
         with urgent():
-            return self._run(call, before_ready)
+            return self._run(call, before_ready, let_run)
 
-    def _run(self, call: CriuCall, before_ready: Callable[[Arrived], None]) -> Arrived:
+    def _run(
+        self,
+        call: CriuCall,
+        before_ready: Callable[[Arrived], None],
+        let_run: Callable[[], None],
+    ) -> Arrived:
         self._tree.create()
         await_worker(self._reactor, call, WORKER_SECONDS)
         arrived = self._receive_and_restore(call)
@@ -112,7 +123,7 @@ class Arrival:
         ):
             raise HostError("journal", "the migration was given up meanwhile")
         reach("destination-recorded")
-        self._tree.thaw()
+        let_run()
         reach("destination-thawed")
         log.info(
             "%s: restored in %.1f ms, thawed %.1f ms later",

@@ -8,13 +8,14 @@ from agent import administration
 from agent.agents import Agent
 from agent.command_offers import run_command
 from agent.command_server import Client
+from agent.eviction import Eviction
 from agent.guest_lines import GuestLines
 from agent.handover import Tell
 from agent.hopping import move_on
 from agent.inspection import inspect_process
 from agent.journal import Entry
 from agent.leaving import leave
-from agent.link import Failed, LifelineCut, NeedLifeline, Packet
+from agent.link import Failed, Hold, LifelineCut, NeedLifeline, Packet
 from agent.load_service import LoadService
 from agent.peers import Peers
 from agent.questions import Questions
@@ -31,7 +32,15 @@ class Broker:
     """All of it, for the running loop."""
 
     def __init__(self, config: Config, peers: Peers, criu_version: str) -> None:
-        self._here = ThisHost(config, peers, criu_version, self._heard, self._ended)
+        self._here = ThisHost(
+            config,
+            peers,
+            criu_version,
+            self._heard,
+            self._ended,
+            lambda uid, reason: self._eviction.evict(uid, reason),
+        )
+        self._eviction = Eviction(self._here)
         self._lines = GuestLines(self._here)
         self._settling = Settling(self._here)
         self._moving: set[int] = set()
@@ -128,6 +137,8 @@ class Broker:
                 self._lines.reconnect(agent, host)
             case LifelineCut(back):
                 self._lines.home_silent(agent, back)
+            case Hold(reason) if reason:
+                self._eviction.resume(agent, reason)
             case Failed(in_doubt=True) as failed:
                 self._settling.doubt(failed.transaction)
 

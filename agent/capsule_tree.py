@@ -15,7 +15,7 @@ class CapsuleTree:
 
     :param plan: what will probably travel.
     :param describe: once all is frozen: settle the streams and say what travels with them.
-    :param resume: the hop has failed: the streams go on here.
+    :param resume: the hop has failed: tree and streams go on here.
     """
 
     def __init__(
@@ -55,6 +55,5 @@ class CapsuleTree:
         return self._describe()
 
     def put_back(self) -> None:
-        """It runs on here."""
-        self.cgroup.thaw()
+        """It stays here."""
         self._resume()

@@ -32,6 +32,7 @@ from agent.link import (
     Dumped,
     EndGuest,
     Failed,
+    Hold,
     LifelineCut,
     Link,
     Offer,
@@ -45,6 +46,7 @@ from agent.link import (
 from agent.programs import programs_here
 from agent.reactor import READ, Reactor
 from agent.rest import RestWatch
+from agent.standstill import Standstill
 from agent.terminal import TERMINAL_WINDOW, FarTerminal
 from agent.view_server import VIEW_WINDOW
 from agent.waiting import wait_until
@@ -123,7 +125,7 @@ class GuestHost:
         """stream → how much of it must be at home before the next word about an end"""
         self._rest: RestWatch | None = None
         self._finished = False
-        self._frozen_for_cut = False
+        self._standstill = Standstill(self._tree)
         self._hop: tuple[StartDeparture, list[int]] | None = None
         self._handing_over = False
         self._gone_on = False
@@ -171,7 +173,7 @@ class GuestHost:
             self._images,
             self._terminal,
         )
-        arrived = arrival.run(call, self._open_streams)
+        arrived = arrival.run(call, self._make_ready, self._standstill.let_run)
         log.info("%s: %s resumed here", self._offer.transaction, self._guest)
         self._files = arrived.files
         self._criu = arrived.criu
@@ -196,6 +198,13 @@ class GuestHost:
 
     def _lifeline_up(self) -> bool:
         return self._lifeline is not None and self._lifeline.up
+
+    def _make_ready(self, arrived: Arrived) -> None:
+        """The last chance to say no: from here on home may commit."""
+        if self._standstill.held:
+            host = os.uname().nodename
+            raise PeerError(f"host {host}", f"takes no guests now: {self._standstill.held}")
+        self._open_streams(arrived)
 
     def _open_streams(self, arrived: Arrived) -> None:
         """Before the commit: from then on home may send.
@@ -315,6 +324,7 @@ class GuestHost:
         self._connected_pipes = True
         self._connect_pipes()
         self._born = True
+        self._standstill.let_run()
         self._reap()
 
     def _take_command(self, receiver: Receiver) -> None:
@@ -338,6 +348,7 @@ class GuestHost:
             self._say(Failed(offer.transaction, f"guest {self._guest}", "has ended", ""))
             return
         bulk = Bulk(self._reactor, start.destination, fds[0], fds[1], offer.freeze_limit_seconds)
+        self._standstill.leave()
         directory = self._images / "dump"
         directory.mkdir(mode=0o700)
         keys = self._terminal.keys if self._terminal is not None else ()
@@ -409,6 +420,7 @@ class GuestHost:
     def _hand_over(self) -> Dumped:
         """All is frozen: from here on home's messages wait for whoever has the guest afterwards."""
         assert self._lifeline is not None
+        self._standstill.lend()
         self._handing_over = True
         for source in self._sources.values():
             source.drain()
@@ -423,6 +435,7 @@ class GuestHost:
         return Dumped(self._open_pipes(), tuple(self._files), states, terminal)
 
     def _take_back(self) -> None:
+        self._standstill.let_run()
         self._handing_over = False
         if self._terminal is not None:
             self._terminal.take_back()
@@ -633,16 +646,13 @@ class GuestHost:
 
     def _freeze_if_cut(self) -> None:
         running = self._born and self._alive
-        if running and not self._lifeline_up() and not self._handing_over and not self._gone_on:
+        if running and not self._lifeline_up() and not self._gone_on:
             log.warning("%s: frozen, home is silent", self._guest)
-            self._frozen_for_cut = True
-            self._tree.freeze()
+            self._standstill.cut(True)
 
     def _lifeline_came(self) -> None:
         self._say(LifelineCut(back=True))
-        if self._frozen_for_cut:
-            self._frozen_for_cut = False
-            self._tree.thaw()
+        self._standstill.cut(False)
 
     def _attach_lifeline(self, fd_in: int, fd_out: int, hold: int) -> None:
         if self._lifeline is None:
@@ -674,6 +684,8 @@ class GuestHost:
             link = Link(sock)
             self._links.append(link)
             self._reactor.register(link.fileno(), READ, lambda _: self._packet(link))
+            if self._standstill.held:
+                link.send(Hold(self._standstill.held))
 
     def _packet(self, link: Link) -> None:
         received = link.receive()
@@ -699,6 +711,8 @@ class GuestHost:
                 self._hop = (packet, fds)
             case Verdict(resumed):
                 self._verdict = resumed
+            case Hold(reason):
+                self._standstill.hold(reason)
             case EndGuest(reason):
                 log.warning("%s: ended: %s", self._guest, reason)
                 self._end()

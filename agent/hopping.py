@@ -82,14 +82,31 @@ async def _move_to(
 
 
 async def hop(
-    here: ThisHost, guest: str, host: Host, tell: Tell, *, chosen: bool = False
+    here: ThisHost,
+    guest: str,
+    host: Host,
+    tell: Tell,
+    *,
+    chosen: bool = False,
+    reason: str = "",
 ) -> peer_messages.GuestMoved:
-    """Send a guest of this host on to another, or home.
+    """Send a guest of this host on to another, or home. One hop of a guest waits for the other.
 
     :param chosen: the load database chose that host: nobody named it.
+    :param reason: why, if nobody asked for this move.
 
     :raises MigrateError: it runs on here, or is in doubt.
     """
+    keeper = here.agents.find("keeper", guest)
+    if keeper is None:
+        raise guest_gone(guest)
+    async with keeper.moving:
+        return await _hop(here, guest, host, tell, chosen, reason)
+
+
+async def _hop(
+    here: ThisHost, guest: str, host: Host, tell: Tell, chosen: bool, reason: str
+) -> peer_messages.GuestMoved:
     keeper = here.agents.find("keeper", guest)
     if keeper is None or keeper.offer is None:
         raise guest_gone(guest)
@@ -105,6 +122,7 @@ async def hop(
         cpu_features=cpu_features(),
         is_command=False,
         chosen=chosen,
+        reason=reason,
         files=await asyncio.to_thread(system_files, used_by(tree), keeper.offer.view),
     )
     async with handover(here, offer, host, ("bulk",)) as accepted:

@@ -47,7 +47,7 @@ def judge(offer: Offer, peer: str, config: Config, criu_version: str) -> None:
             f"does not know {offer.home}, the guest's home",
             f"run `migctl join {offer.home}` there",
         )
-    if not config.accept_guests:
+    if not config.accept_guests and offer.home != config.name:
         raise PeerError(here, "takes no guests (accept_guests = false)", "choose another host")
     if offer.machine != os.uname().machine:
         raise PeerError(

@@ -89,7 +89,7 @@ class Entry:
             uid=offer.owner.uid,
             command=offer.command,
             origin_cgroup=origin_cgroup,
-            reason="",
+            reason=offer.reason,
             since=time.time(),
             boot_id=boot_id(),
         )
@@ -174,12 +174,14 @@ class Journal:
         """From state `after` to `state`; False (and nothing written) if it is in another state.
 
         This is what decides between a commit and an abort that happen at the same time.
-        A step that no migration takes (say from ABORTED to RESUMED) is refused as well.
+        A step that no migration takes (say from ABORTED to RESUMED) is refused as well. Without a
+        new reason the old one stays.
         """
         if state not in _NEXT[after]:
             return False
         cursor = self._db.execute(
-            "UPDATE migration SET state = ?, reason = ?, since = ? WHERE id = ? AND side = ? AND state = ?",
+            "UPDATE migration SET state = ?, reason = coalesce(nullif(?, ''), reason), since = ?"
+            " WHERE id = ? AND side = ? AND state = ?",
             (state, reason, time.time(), transaction, side, after),
         )
         return cursor.rowcount == 1

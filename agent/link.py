@@ -106,6 +106,8 @@ class Offer(msgspec.Struct, frozen=True):
     files: tuple[SystemFile, ...] = ()
     """outside of the view: from home where the destination has them otherwise"""
     terminal: OfferedTerminal | None = None
+    reason: Name = ""
+    """why it moves, if nobody asked for this move: an eviction's"""
 
 
 class StartDeparture(msgspec.Struct, frozen=True, tag="depart"):
@@ -197,6 +199,13 @@ class EndGuest(msgspec.Struct, frozen=True, tag="end"):
     reason: str
 
 
+class Hold(msgspec.Struct, frozen=True, tag="hold"):
+    """migd → keeper: this host wants the guest gone for this reason: it stands still until it goes,
+    or until a Hold without a reason. keeper → a migd that has just connected: so it is."""
+
+    reason: Name
+
+
 class StreamPipe(msgspec.Struct, frozen=True):
     """A pipe that leads out of the tree, and the stream that carries it."""
 
@@ -275,8 +284,10 @@ class Aborted(msgspec.Struct, frozen=True, tag="aborted"):
     remedy: str = ""
 
 
-ToAgent: TypeAlias = StartDeparture | StartCommand | Attach | EndGuest | Verdict | GuestLost
-FromAgent: TypeAlias = Progress | Departed | Failed | NeedLifeline | Ended | LifelineCut
+ToAgent: TypeAlias = (
+    StartDeparture | StartCommand | Attach | EndGuest | Verdict | GuestLost | Hold
+)
+FromAgent: TypeAlias = Progress | Departed | Failed | NeedLifeline | Ended | LifelineCut | Hold
 
 
 TransactionMessage: TypeAlias = Planned | Dumped | Commit | Prepared | Ready | Resumed | Aborted

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -49,7 +51,7 @@ class LoadHost:
         :param count_guests: the guests that run here now.
         :param on_change: called when the verdict or the slots are others than before.
         :param on_active: called with the reason when the host's owner wants it back while it has
-            guests: the verdict has gone from ACCEPTS to ACTIVE.
+            guests: the verdict has gone from ACCEPTS to ACTIVE, or is ACTIVE at the start.
         """
         self._config = config
         self._count_guests = count_guests
@@ -65,6 +67,8 @@ class LoadHost:
         self._guests: Guests = ()
         self._task: asyncio.Task[None] | None = None
         self._look_now = asyncio.Event()
+        self._owner_came = -math.inf
+        """when it was last known that the owner is here, input apart; by the monotonic clock"""
         self._complained = False
 
     # ------------------------------------------------------------------ life
@@ -129,12 +133,13 @@ class LoadHost:
         self._judgement = judge_host(
             before.verdict if before is not None else None,
             sample.loads_each,
-            sample.idle_seconds,
+            min(sample.idle_seconds, time.monotonic() - self._owner_came),
             self.thresholds(),
             refusal=self._refusal(),
         )
         guests = self._count_guests()
-        was_open = before is not None and before.accepts
+        # Who knows for how long nobody has looked, at the start.
+        was_open = before is None or before.accepts
         if was_open and guests and self._judgement.verdict is Verdict.ACTIVE:
             self._on_active(self._judgement.reason)
         if (
@@ -144,6 +149,17 @@ class LoadHost:
         ):
             self._guests = guests
             self._on_change()
+
+    def owner_came(self) -> None:
+        """A login, or the owner's word: as good as input."""
+        self._owner_came = time.monotonic()
+        if self._sample is not None:
+            self._judge()
+
+    @property
+    def accepts(self) -> bool:
+        """Whether guests are welcome now."""
+        return self._judgement is not None and self._judgement.accepts
 
     def guests_changed(self) -> None:
         """A guest has come or gone."""

@@ -84,7 +84,7 @@ class LoadMember:
         config: Callable[[], Config],
         peers: Peers,
         report: Callable[[], Report],
-        evict: Callable[[int | None, str], None],
+        evict: Callable[[int | None, str], int],
         checkpoint: Path = paths.LOAD_CHECKPOINT,
     ) -> None:
         """:param evict: sends a user's guests away from here, for a reason."""

@@ -21,14 +21,9 @@ from migrate.config import Config, Host
 from migrate.errors import HostError, MigrateError, PeerError, UserError
 
 log = logging.getLogger(__name__)
-eviction_log = logging.getLogger("migrate.eviction")
-"""Silenced by `migd -s`."""
 
 EvictGuests = Callable[[int | None, str], int]
-"""(uid or None for all, reason): send guests of this host away. :return: how many are told to go.
-
-Raises MigrateError if it cannot be done.
-"""
+"""(uid or None for all, reason): send guests of this host home. :return: how many are told to go."""
 
 
 @dataclass
@@ -70,7 +65,7 @@ class LoadService:
             config,
             peers,
             self.host.report,
-            self._evict_quietly,
+            self._evict,
             checkpoint=state_dir / paths.LOAD_CHECKPOINT.name,
         )
         self._started = False
@@ -97,15 +92,13 @@ class LoadService:
             self.member.report_soon()
 
     def _owner_is_back(self, reason: str) -> None:
-        self._evict_quietly(None, reason)
+        self._evict(None, reason)
 
-    def _evict_quietly(self, uid: int | None, reason: str) -> None:
-        try:
-            count = self._evict(uid, reason)
-        except MigrateError as error:
-            eviction_log.info("eviction (%s): %s", reason, error)
-        else:
-            eviction_log.info("eviction (%s): %d guests", reason, count)
+    def _owner_came(self, reason: str) -> int:
+        """The owner has come back, or wants its host. :return: how many guests are told to go."""
+        count = self._evict(None, reason)
+        self.host.owner_came()
+        return count
 
     # ------------------------------------------------------------------ migd's own choices
 
@@ -180,7 +173,7 @@ class LoadService:
                 return mig.HostIs(self.host.info(0.0))
             case mig.Evict():
                 self._require_owner(uid, "evict guests")
-                return mig.Done(self._evict(None, "asked for"))
+                return mig.Done(self._owner_came(f"{_name_of(uid) or uid} asked for it"))
             case mig.SetLimits():
                 if uid != 0:
                     raise UserError("set", "only root may do this")

@@ -9,12 +9,11 @@ from typing import TypeVar
 
 from agent import peer_messages
 from agent.agents import Agent, Agents, OnEnd, OnPacket
-from agent.eviction import evict_guests
 from agent.journal import Journal
 from agent.link import EndGuest
 from agent.load_host import count_guests
 from agent.load_report import Guests
-from agent.load_service import LoadService
+from agent.load_service import EvictGuests, LoadService
 from agent.peers import Peers
 from criu_hooks.proc import boot_id
 from migrate.config import Config, Host, load_config
@@ -40,6 +39,7 @@ class ThisHost:
         criu_version: str,
         on_packet: OnPacket,
         on_end: OnEnd,
+        evict: EvictGuests,
     ) -> None:
         """
         :param on_packet: gets what a guard or keeper says.
@@ -55,7 +55,7 @@ class ThisHost:
             lambda: self.config,
             peers,
             self.load_guests,
-            lambda uid, reason: evict_guests(self, uid, reason),
+            evict,
         )
         self._tasks: set[asyncio.Task[None]] = set()
 

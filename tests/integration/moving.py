@@ -256,8 +256,9 @@ def guest_trees(nodes: Nodes, node: str) -> dict[int, Path]:
     """The cgroups of the guests on a node that have a process, by their pids at home."""
     found = {}
     for tree in (nodes.node(node).cgroup / SLICE).glob("keeper-*/tree"):
-        if (tree / "cgroup.procs").read_text():
-            found[int(tree.parent.name.split("-")[1])] = tree
+        with suppress(OSError):  # it may be removed just now
+            if (tree / "cgroup.procs").read_text():
+                found[int(tree.parent.name.split("-")[1])] = tree
     return found
 
 
