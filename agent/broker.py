@@ -57,6 +57,11 @@ class Broker:
         self._here.reload()
 
     @property
+    def config(self) -> Config:
+        """As it was last read."""
+        return self._here.config
+
+    @property
     def load(self) -> LoadService:
         """This host's part in the load database."""
         return self._here.load

@@ -112,7 +112,7 @@ async def _hop(
         raise guest_gone(guest)
     if host.name == here.name:
         raise UserError(f"guest {guest}", f"runs on {here.name} already")
-    tree = await asyncio.to_thread(inspect_guest, keeper.offer, here.config)
+    tree = await asyncio.to_thread(inspect_guest, keeper.offer, here.config, held=bool(reason))
     offer = msgspec.structs.replace(
         keeper.offer,
         transaction=secrets.token_hex(6),

@@ -42,10 +42,11 @@ def inspect_process(pid: int, caller_uid: int, caller_pid: int, config: Config) 
     return report
 
 
-def inspect_guest(offer: Offer, config: Config) -> ProcessTree:
+def inspect_guest(offer: Offer, config: Config, *, held: bool = False) -> ProcessTree:
     """A guest's tree as it is now. Not for the loop.
 
     :param offer: by which it came.
+    :param held: it stands still, so that what passes by itself does not; its departure sees to that.
     :raises MigrateError: it cannot move on, or is not here.
     """
     pid = pid_here(offer)
@@ -59,6 +60,8 @@ def inspect_guest(offer: Offer, config: Config) -> ProcessTree:
             ghost_limit_bytes=config.ghost_limit_bytes,
             link_remap=True,
         )
+        if held:
+            obstacles = tuple(o for o in obstacles if not o.passing)
         if not obstacles:
             return tree
         if not any(obstacle.passing for obstacle in obstacles):

@@ -284,9 +284,7 @@ class Aborted(msgspec.Struct, frozen=True, tag="aborted"):
     remedy: str = ""
 
 
-ToAgent: TypeAlias = (
-    StartDeparture | StartCommand | Attach | EndGuest | Verdict | GuestLost | Hold
-)
+ToAgent: TypeAlias = StartDeparture | StartCommand | Attach | EndGuest | Verdict | GuestLost | Hold
 FromAgent: TypeAlias = Progress | Departed | Failed | NeedLifeline | Ended | LifelineCut | Hold
 
 

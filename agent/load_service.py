@@ -94,7 +94,7 @@ class LoadService:
     def _owner_is_back(self, reason: str) -> None:
         self._evict(None, reason)
 
-    def _owner_came(self, reason: str) -> int:
+    def owner_came(self, reason: str) -> int:
         """The owner has come back, or wants its host. :return: how many guests are told to go."""
         count = self._evict(None, reason)
         self.host.owner_came()
@@ -173,7 +173,7 @@ class LoadService:
                 return mig.HostIs(self.host.info(0.0))
             case mig.Evict():
                 self._require_owner(uid, "evict guests")
-                return mig.Done(self._owner_came(f"{_name_of(uid) or uid} asked for it"))
+                return mig.Done(self.owner_came(f"{_name_of(uid) or uid} asked for it"))
             case mig.SetLimits():
                 if uid != 0:
                     raise UserError("set", "only root may do this")

@@ -18,6 +18,7 @@ from agent.clients import ClientServer
 from agent.command_server import CommandServer
 from agent.daemon import Detached, parse_options, raise_open_files, set_up_logging
 from agent.load_clients import LoadClients
+from agent.logins import LoginDoor
 from agent.peers import Patience, Peers, PeerServer, own_hello
 from criu_hooks.program import criu_path
 from migrate import paths
@@ -76,6 +77,7 @@ async def serve(config: Config, criu_version: str, ready: Callable[[], None]) ->
         clients = ClientServer(broker)
         commands = CommandServer(broker.run_command)
         load_clients = LoadClients(broker.load)
+        logins = LoginDoor(lambda: broker.config, broker.load.owner_came)
         stop = asyncio.Event()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -87,6 +89,7 @@ async def serve(config: Config, criu_version: str, ready: Callable[[], None]) ->
             await clients.start()
             commands.start()
             load_clients.start()
+            logins.start()
             ready()
             log.info("migd on %s is ready (CRIU %s)", config.name, criu_version)
             await stop.wait()
@@ -95,6 +98,7 @@ async def serve(config: Config, criu_version: str, ready: Callable[[], None]) ->
             clients.close()
             commands.close()
             load_clients.close()
+            logins.close()
             await server.aclose()
             broker.close()
 

@@ -140,6 +140,32 @@ def bring() -> None:
     mig.default().command(Bring())
 
 
+pam_app = typer.Typer(
+    help="Whether logins at this host send its guests home.", rich_markup_mode=None
+)
+app.add_typer(pam_app, name="pam")
+
+
+@pam_app.command("enable")
+def pam_enable() -> None:
+    """Have logins send guests home at once."""
+    from migrate import pam
+    from migrate.place import Place
+
+    _require_root("pam enable")
+    pam.enable(Place())
+
+
+@pam_app.command("disable")
+def pam_disable() -> None:
+    """Undo `migctl pam enable`."""
+    from migrate import pam
+    from migrate.place import Place
+
+    _require_root("pam disable")
+    pam.disable(Place())
+
+
 @app.command()
 def top(
     seconds: Annotated[float, typer.Option("-d", help="Between two looks.", min=0.2)] = 2.0,

@@ -23,6 +23,12 @@ HostId = Annotated[int, msgspec.Meta(ge=1, le=65535)]
 Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
 
 DEFAULT_CANDIDATES = 3
+LOGINS_HERE = (
+    *("login", "greetd", "lemurs", "ly", "lxdm", "nodm", "slim", "wdm", "xdm"),
+    *("gdm-password", "gdm-autologin", "gdm-fingerprint", "gdm-smartcard"),
+    *("lightdm", "lightdm-autologin", "sddm", "sddm-autologin", "plasmalogin"),
+)
+"""What opens a session of somebody who sits at the host: login(1) and the display managers."""
 LOST_MARGIN_SECONDS = 10.0
 """By how much `lost_seconds` must exceed `cut_freeze_seconds` (invariant 7)."""
 
@@ -84,6 +90,11 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Who may be the central daemon, first choice first; by default the three lowest numbers."""
     owners: tuple[str, ...] = ()
     """Users who may block this host and send its guests home, as root may."""
+    login_services: tuple[str, ...] = LOGINS_HERE
+    """PAM services by which somebody logs in at this host itself: that sends guests home."""
+    remote_logins: bool = False
+    """Logins over the network send guests home as well."""
+    remote_login_services: tuple[str, ...] = ("sshd", "remote", "xrdp-sesman", "cockpit")
     shared_paths: tuple[str, ...] = ()
     """Directories that all hosts share anyway (NFS): left out of the home view."""
 

@@ -6,7 +6,7 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
-from migrate import paths
+from migrate import pam, paths
 from migrate.config import (
     Config,
     Host,
@@ -111,6 +111,7 @@ def remove(place: Place) -> None:
             place.run(["systemctl", "daemon-reload"])
     if _migd_listens(place):
         raise UserError("migd", "is still running", "stop it first")
+    pam.disable(place)
     for path in (paths.RUN_DIR, paths.STATE_DIR, paths.CONFIG_DIR):
         if place.at(path).exists():
             shutil.rmtree(place.at(path))

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import pwd
 import select
 import socket
 import threading
@@ -229,7 +230,9 @@ def test_block_and_bring_and_evict(host1: Host1, mig: Mig) -> None:
     mig.command(messages.Bring())
     assert mig.get_info().state is not HostState.REFUSES
     assert mig.evict() == 3
-    assert host1.evicted == [(None, "asked for")]
+    who = pwd.getpwuid(os.getuid()).pw_name
+    assert host1.evicted == [(None, f"{who} asked for it")]
+    assert mig.get_info().state is HostState.ACTIVE, "its owner is there"
 
 
 def test_thresholds_that_contradict_each_other_are_refused(mig: Mig) -> None:
