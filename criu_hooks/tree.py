@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -24,6 +25,7 @@ from criu_hooks.proc import (
 from migrate.errors import UserError
 
 _PTS_MAJOR = 136
+_ENDING_MS = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +79,8 @@ class Process:
     """as far as it can be told: always true for root's processes"""
     opaque: bool
     """the reader had no right to its private entries, or it is a zombie that has none"""
+    absent: bool
+    """it has none, whoever reads them"""
     status: Status
     threads: tuple[Thread, ...]
     private: Private
@@ -101,18 +105,30 @@ class Process:
         """It has ended and waits for its parent; also if only its main thread has ended."""
         return self.state in "ZX"
 
+    @property
+    def dying(self) -> bool:
+        """It is just ending: it has no memory any more, and is no zombie yet."""
+        return self.absent and not (self.zombie or self.kernel_thread)
+
     @classmethod
     def read(cls, pid: int) -> Process:
         """:raises OSError: there is no such process, or it ended meanwhile."""
+        process = cls._read(pid)
+        if process.dying and _ends(pid):
+            return cls._read(pid)
+        return process
+
+    @classmethod
+    def _read(cls, pid: int) -> Process:
         with ProcDir(pid) as proc:
             status = parse_status(proc.read("status"))
-            opaque = False
+            opaque = absent = False
             try:
                 private = _read_private(proc)
             except PermissionError:
                 private, opaque = Private(), True
             except FileNotFoundError:  # a zombie or a kernel thread has nothing of the kind
-                private, opaque = Private(), True
+                private, opaque, absent = Private(), True, True
             threads = _read_threads(proc, status)
             owner = proc.owner()
             stat = parse_stat(proc.read("stat"))  # last: it was alive all the time
@@ -128,10 +144,22 @@ class Process:
             kernel_thread=bool(stat.flags & PF_KTHREAD),
             dumpable=owner == status.credentials.uids.effective,
             opaque=opaque,
+            absent=absent,
             status=status,
             threads=threads,
             private=private,
         )
+
+
+def _ends(pid: int) -> bool:
+    """Wait for the end of a process that is just ending; False if it does not come."""
+    pidfd = os.pidfd_open(pid)
+    try:
+        poll = select.poll()
+        poll.register(pidfd, select.POLLIN)
+        return bool(poll.poll(_ENDING_MS))
+    finally:
+        os.close(pidfd)
 
 
 def _read_private(proc: ProcDir) -> Private:
