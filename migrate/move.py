@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+from time import monotonic
 
 from migrate import client, messages
 from migrate.errors import MigrateError
@@ -61,8 +62,11 @@ class _Reporter:
         self._debug = debug
         self._line = sys.stderr.isatty() and sys.stdout.isatty()
         self._shown = False
+        self._since: float | None = None
 
     def progress(self, progress: messages.Progress) -> None:
+        now = monotonic()
+        self._since = self._since or now
         if self._debug:
             print(
                 f"{format_pid(self._pid)}: {progress.step} ({progress.sent_bytes} bytes, "
@@ -71,6 +75,8 @@ class _Reporter:
             )
         elif self._line and progress.sent_bytes:
             text = f"\r{format_pid(self._pid)}: {progress.sent_bytes / (1 << 20):.0f} MiB"
+            if now > self._since:
+                text += f", {progress.sent_bytes / 1e6 / (now - self._since):.0f} MB/s"
             print(text, end="\033[K", file=sys.stderr, flush=True)
             self._shown = True
 

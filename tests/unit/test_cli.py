@@ -278,7 +278,7 @@ def test_a_terminal_shows_progress_and_then_only_the_result(tmp_path: Path) -> N
     with server.serving():
         shown = on_terminal(server.path, "-p", "0x1a2b")
     progress, result = shown.split("\r\033[K")
-    assert progress == "\r0x1a2b: 64 MiB\033[K"
+    assert re.fullmatch(r"\r0x1a2b: 64 MiB, \d+ MB/s\033\[K", progress)
     assert result == "0x1a2b → node3  (frozen 48 ms, 212 MiB)\r\n"
 
 
