@@ -83,7 +83,7 @@ class Broker:
         try:
             entry = self._deputy(pid)
             if entry is not None:
-                return await move_on(self._here, request, entry, caller_uid)
+                return await move_on(self._here, request, entry, caller_uid, tell)
             self._settling.refuse_if_doubtful(pid)
             return await self._move_process(request, caller_uid, caller_pid, tell)
         finally:

@@ -443,6 +443,8 @@ class Guard:
                 log.info("%s: ended (%d)%s", self._guest, exit_code, ", not all" if rest else "")
                 self._set_offsets(offsets)
                 self._end_deputy(exit_code, rest, left)
+            case guestwords.Moving(step, sent_bytes, at_ms):
+                self._say(Progress(step, sent_bytes, at_ms))
             case guestwords.Emptied() if self._rest:
                 log.info("%s: the rest has ended", self._guest)
                 self._rest = False

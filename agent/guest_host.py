@@ -38,6 +38,7 @@ from agent.link import (
     Offer,
     Packet,
     Planned,
+    Progress,
     StartDeparture,
     StreamPipe,
     Verdict,
@@ -365,7 +366,9 @@ class GuestHost:
                         peer_boot_id=start.destination_boot_id,
                     )
                 )
-                departure = Departure(self._reactor, self._journal, bulk, start, tree, self._say)
+                departure = Departure(
+                    self._reactor, self._journal, bulk, start, tree, self._tell_progress
+                )
                 try:
                     outcome = departure.run(call, directory)
                 except InDoubt as doubt:
@@ -395,6 +398,10 @@ class GuestHost:
                 outcome.sent_bytes,
             )
         )
+
+    def _tell_progress(self, progress: Progress) -> None:
+        self._say(progress)
+        self._to_guard(guestwords.Moving(progress.step, progress.sent_bytes, progress.at_ms))
 
     def _plan(self) -> Planned:
         return Planned(self._open_pipes(), tuple(sorted(self._tree.tids())))

@@ -185,8 +185,16 @@ class Emptied(msgspec.Struct, frozen=True, tag="emptied"):
     """keeper → guard: the last process that an ended guest had left has ended, too."""
 
 
+class Moving(msgspec.Struct, frozen=True, tag="moving"):
+    """keeper → guard: how far a hop is; as agent.link.Progress."""
+
+    step: Annotated[str, msgspec.Meta(pattern=r"^[a-z -]{1,40}$")]
+    sent_bytes: Annotated[int, msgspec.Meta(ge=0)]
+    at_ms: float
+
+
 ToKeeper = Signal | Kill | GoOn | Begin | TakeTerminal | YieldTerminal | ResizeTerminal | HangUp
-ToGuard = Started | Stopped | Continued | Ended | Emptied | Prepared | NotStarted
+ToGuard = Started | Stopped | Continued | Ended | Emptied | Prepared | NotStarted | Moving
 
 encode = msgspec.msgpack.Encoder().encode
 decode_for_keeper: Callable[[bytes], ToKeeper] = msgspec.msgpack.Decoder(ToKeeper).decode

@@ -111,4 +111,4 @@ async def _follow(queue: asyncio.Queue[Packet | None], tell: Tell) -> Departed:
 
 
 async def tell_nobody(progress: messages.Progress) -> None:
-    """Progress of a hop is not passed on yet."""
+    """For moves that no client waits for, and for hops: the guard hears of those from its keeper."""

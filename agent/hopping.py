@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
+from collections.abc import AsyncIterator
 
 import msgspec
 
 from agent import peer_messages
+from agent.agents import Agent
 from agent.guest_lines import connect_next
 from agent.handover import Tell, handover, tell_nobody
 from agent.home_paths import system_files, used_by
 from agent.hosting import cpu_features
 from agent.inspection import inspect_guest
 from agent.journal import Entry
-from agent.link import Offer, StartDeparture
+from agent.link import Offer, Packet, Progress, StartDeparture
 from agent.peers import AnswerLost
 from agent.selection import choose, named_host
 from agent.this_host import ThisHost, guest_gone
@@ -26,7 +29,7 @@ HOP_SECONDS = 3600.0
 
 
 async def move_on(
-    here: ThisHost, request: messages.Move, entry: Entry, caller_uid: int
+    here: ThisHost, request: messages.Move, entry: Entry, caller_uid: int, tell: Tell
 ) -> messages.Reply:
     """Move a guest whose home is here, for a client.
 
@@ -37,14 +40,36 @@ async def move_on(
         raise UserError(
             f"pid {entry.pid}", f"belongs to {entry.user}", "only its owner or root moves it"
         )
-    if here.agents.find("guard", entry.guest) is None:
+    guard = here.agents.find("guard", entry.guest)
+    if guard is None:
         raise HostError(f"pid {entry.pid}", "its guard was killed", "it can only be ended")
     if request.check_only:
         return messages.Checked(entry.pid)
     host = named_host(here.config, request, entry.peer)
-    if host is None:
-        return await _move_to_idle(here, entry)
-    return await _move_to(here, entry, host)
+    async with _progress(guard, tell):
+        if host is None:
+            return await _move_to_idle(here, entry)
+        return await _move_to(here, entry, host)
+
+
+@contextlib.asynccontextmanager
+async def _progress(guard: Agent, tell: Tell) -> AsyncIterator[None]:
+    """Inside, progress goes to `tell`: wherever the guest is, its keeper tells its guard."""
+    queue: asyncio.Queue[Packet | None] = asyncio.Queue()
+
+    async def pass_on() -> None:
+        while (packet := await queue.get()) is not None:
+            if isinstance(packet, Progress):
+                await tell(messages.Progress(packet.step, packet.sent_bytes, packet.at_ms))
+
+    guard.waiting.append(queue)
+    task = asyncio.create_task(pass_on())
+    try:
+        yield
+    finally:
+        guard.waiting.remove(queue)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
 
 async def _move_to_idle(here: ThisHost, entry: Entry) -> messages.Moved:

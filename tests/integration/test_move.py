@@ -42,6 +42,18 @@ def test_output_goes_on_unbroken_and_the_shell_gets_the_exit_status(
     assert counted.words == ["enough"]
 
 
+def test_each_step_of_each_move_is_shown(desk: Desk) -> None:
+    shell, pid = desk.job("python3 counter.py 7 >out")
+    for host in ("node2", "node3", "node1", "node2"):
+        told = desk.migrate("-D", "-p", str(pid), "-h", host, check=True).stderr.splitlines()
+        steps = [line.removeprefix(f"{pid:#x}: ").split(" (")[0] for line in told]
+        # The last ones of a hop may be overtaken by the guest itself.
+        assert steps.index("prepared") < steps.index("frozen")
+        desk.grows("out")
+    desk.enough()
+    assert shell.status() == 7
+
+
 @pytest.mark.parametrize("shell_options", ["+m", "-m"], ids=["shell's group", "own group"])
 @pytest.mark.parametrize("route", ["one hop", "there and home"])
 def test_pid_parent_group_and_session_stay_for_itself_and_for_others(
