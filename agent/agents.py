@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import msgspec
 
-from agent import syscalls
+from agent import own_directory
 from agent.cgroups import dissolve
 from agent.forkserver import AGENTS, WORKERS, Birth, ForkServer, bear
 from agent.link import Link, Offer, Packet, connect
@@ -159,11 +158,7 @@ def _read_offer(directory: Path) -> Offer | None:
 
 def clean_up(role: str, guest: str) -> None:
     """Give back what a guard or keeper that was killed has left."""
-    directory = paths.GUESTS_DIR / f"{role}-{guest}"
     dissolve(role, guest)
-    for name in ("images", "view", "pts"):
-        with contextlib.suppress(OSError):
-            syscalls.umount(directory / name, syscalls.MNT_DETACH)
-    shutil.rmtree(directory, ignore_errors=True)
+    own_directory.remove(paths.GUESTS_DIR / f"{role}-{guest}")
     if role == "guard":
         (paths.RUN_DIR / "deputies" / guest).unlink(missing_ok=True)

@@ -13,6 +13,7 @@ the least: it starts within every connection (`_socket`, because `socket` costs 
 import _socket
 import os
 import sys
+import time
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -25,6 +26,9 @@ EX_USAGE = 64
 EX_UNAVAILABLE = 69
 """From sysexits.h: migd does not run here."""
 
+RESTART_SECONDS = 5.0
+"""The same as in migrate.reaching: how long a migd that is being restarted may take."""
+
 _INT_BYTES = 4
 
 
@@ -35,7 +39,7 @@ def main(arguments: list[str]) -> None:
     path = arguments[1] if len(arguments) == 2 else PEER_SOCKET
     sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)
     try:
-        sock.connect(path)
+        _reach(sock, path)
         stdio = b"".join(fd.to_bytes(_INT_BYTES, sys.byteorder) for fd in (0, 1))
         rights = [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, stdio)]
         sock.sendmsg([arguments[0].encode()], rights)
@@ -45,6 +49,19 @@ def main(arguments: list[str]) -> None:
     os.dup2(sock.fileno(), 0)
     os.dup2(null, 1)
     os.execv("/bin/cat", ["cat"])
+
+
+def _reach(sock: _socket.socket, path: str) -> None:
+    """Connect. A socket that is there, but nobody listens on, may be listened on again in a moment."""
+    deadline = time.monotonic() + RESTART_SECONDS
+    while True:
+        try:
+            sock.connect(path)
+            return
+        except ConnectionRefusedError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(0.05)
 
 
 def _fail(status: int, reason: str) -> "NoReturn":

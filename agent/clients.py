@@ -6,8 +6,10 @@ import asyncio
 import logging
 import socket
 import struct
+import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from agent.broker import Broker
 from agent.handover import Tell
@@ -44,13 +46,14 @@ class ClientServer:
         sock.bind(str(self._path))
         # Every user may ask; what is granted depends on who asks.
         self._path.chmod(0o666)
-        self._server = await asyncio.start_unix_server(self._serve, sock=sock)
+        # Its file stays when migd ends: who comes then waits for its successor.
+        options: dict[str, Any] = {"cleanup_socket": False} if sys.version_info >= (3, 13) else {}
+        self._server = await asyncio.start_unix_server(self._serve, sock=sock, **options)
 
     def close(self) -> None:
         """Stop listening."""
         if self._server is not None:
             self._server.close()
-        self._path.unlink(missing_ok=True)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         sock: socket.socket = writer.get_extra_info("socket")

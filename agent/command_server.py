@@ -80,7 +80,6 @@ class CommandServer:
             self._socket.close()
         for task in self._tasks:
             task.cancel()
-        self._path.unlink(missing_ok=True)
 
     def _accept(self) -> None:
         assert self._socket is not None

@@ -137,6 +137,7 @@ class Departure:
             with self._dumper(call, images) as pages:
                 self._expect(Prepared, PREPARE_SECONDS)
                 self._progress("prepared")
+                reach("source-prepared")
                 known = pump_ahead(
                     self._reactor,
                     self._bulk,

@@ -262,9 +262,12 @@ class GuestHost:
             after=State.OFFERED,
             reason=reason,
         )
+        entry = self._journal.find(self._offer.transaction, Side.DESTINATION)
         if self._bulk is not None:
-            with contextlib.suppress(PeerError):
-                self._bulk.send_message(Aborted(what, reason, remedy))
+            # Else it did resume, and the original must not go on.
+            if entry is not None and entry.state is State.ABORTED:
+                with contextlib.suppress(PeerError):
+                    self._bulk.send_message(Aborted(what, reason, remedy))
             self._bulk.close()
         if self._offer.is_command:
             self._not_started(error, what, reason, remedy)
@@ -723,6 +726,8 @@ class GuestHost:
             case EndGuest(reason):
                 log.warning("%s: ended: %s", self._guest, reason)
                 self._end()
+                if not self._born:
+                    raise HostError(f"guest {self._guest}", f"was ended: {reason}")
             case _:
                 for fd in fds:
                     os.close(fd)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import shutil
 import signal
 import socket
 import sys
@@ -20,7 +19,7 @@ from pathlib import Path
 
 import msgspec
 
-from agent import forkserver, syscalls
+from agent import forkserver, own_directory, syscalls
 from agent.cgroups import Cgroup, dissolve, guest_path, leave_cgroup
 from agent.guest_host import GuestHost
 from agent.home_view import HomeView
@@ -73,11 +72,9 @@ def serve(offer: Offer, link: Link, local: bool) -> None:
         tree.kill()
         if view is not None:
             view.close()
-        with contextlib.suppress(OSError):
-            syscalls.umount(images, syscalls.MNT_DETACH)
         leave_cgroup()
         dissolve("keeper", offer.guest)
-        shutil.rmtree(directory, ignore_errors=True)
+        own_directory.remove(directory)
 
 
 def _run_inside(

@@ -64,7 +64,6 @@ class LoadClients:
             asyncio.get_running_loop().remove_reader(self._listener.fileno())
             self._listener.close()
             self._listener = None
-        self._path.unlink(missing_ok=True)
         for connection in list(self._open):
             connection.close()
 

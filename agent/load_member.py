@@ -193,6 +193,13 @@ class LoadMember:
         lost = self.central.attach(config.name, self._attachment()).lost
         self._tell_lost(lost)
         self._found.set()
+        self._spawn(self._report_here(self.central))
+
+    async def _report_here(self, central: Central) -> None:
+        """This host's own reports, while it leads."""
+        while self.central is central:
+            self.report_soon()
+            await asyncio.sleep(self._config().report_seconds)
 
     def _step_down(self) -> None:
         if self.central is not None:

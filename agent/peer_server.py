@@ -157,8 +157,7 @@ class PeerServer:
         if self._listener is not None:
             asyncio.get_running_loop().remove_reader(self._listener.fileno())
             self._listener.close()
-            self._listener = None
-            self._path.unlink(missing_ok=True)
+            self._listener = None  # its file stays: who comes now waits for our successor
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

@@ -22,6 +22,8 @@ from migrate.errors import HostError, MigrateError, PeerError
 
 log = logging.getLogger(__name__)
 
+ENDING_SECONDS = 5.0
+"""how long the killed may take to be dead"""
 _GUARD_KILLED = "the guard was killed"
 _KEEPER_KILLED = "the keeper was killed"
 
@@ -102,10 +104,12 @@ class Settling:
             entry.transaction, Side.SOURCE, State.ENDED, after=entry.state, reason=_GUARD_KILLED
         ):
             return
-        Cgroup(guest_path("guard", entry.guest, "tree")).kill()
+        tree = Cgroup(guest_path("guard", entry.guest, "tree"))
+        tree.kill()
         with contextlib.suppress(OSError, MigrateError):
             if pid_starttime(entry.pid) == entry.starttime_ticks:
                 os.kill(entry.pid, signal.SIGKILL)
+        tree.wait_empty(ENDING_SECONDS)
         clean_up("guard", entry.guest)
         log.warning("%s: lost: the guard of pid %d was killed", entry.transaction, entry.pid)
         self._here.spawn(self._end_there(entry.guest, entry.peer))

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from migrate import messages, paths
 from migrate.errors import HostError
 from migrate.framing import MALFORMED, recv_frame, send_frame
+from migrate.reaching import reach_migd
 
 
 def ask(request: messages.Request) -> Iterator[messages.Reply]:
@@ -17,7 +18,7 @@ def ask(request: messages.Request) -> Iterator[messages.Reply]:
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
         try:
-            sock.connect(str(paths.MIGD_SOCKET))
+            reach_migd(sock, str(paths.MIGD_SOCKET))
             send_frame(sock, messages.encode(request))
         except OSError as error:
             raise HostError(

@@ -16,6 +16,7 @@ from time import monotonic
 
 from migrate.command_wire import MAX_REPLY, RUN_SOCKET, Command, Reply, Request
 from migrate.errors import HostError, MigrateError
+from migrate.reaching import reach_migd
 
 TYPE_CHECKING = False  # typing's own, without its import
 if TYPE_CHECKING:
@@ -134,7 +135,7 @@ def _send(sock: _socket.socket, request: Request, words: Words) -> None:
     packet = request.encode()
     description = _sealed(_command(words).encode())
     try:
-        sock.connect(RUN_SOCKET)
+        reach_migd(sock, RUN_SOCKET)
         fds = b"".join(fd.to_bytes(_INT_BYTES, sys.byteorder) for fd in (description, *_STDIO))
         sock.sendmsg([packet], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, fds)])
     except OSError as error:

@@ -11,6 +11,8 @@ from testbed.client import Nodes, program_of
 from testbed.lifecycle import Testbed
 
 _numbers = itertools.count(1)
+LEFT_SECONDS = 60.0
+"""For what waits for a peer that will not come any more, and then goes."""
 
 
 @pytest.fixture(scope="session")
@@ -47,7 +49,7 @@ def desk(nodes: Nodes) -> Iterator[Desk]:
         yield made
         nodes.restore()
         try:
-            until(lambda: not new(), "nothing is left of the guests", 20)
+            until(lambda: not new(), "nothing is left of the guests", LEFT_SECONDS)
         except AssertionError:
             pytest.fail("left behind:\n" + "\n".join(new()))
     finally:

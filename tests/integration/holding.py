@@ -1,9 +1,11 @@
 """Holds a migration at a point of its way (agent/faults.py), to do something there."""
 
 import contextlib
+import select
 import subprocess
 from collections.abc import Iterator
 
+import pytest
 from testbed.client import Nodes
 
 
@@ -22,8 +24,13 @@ def held(nodes: Nodes, node: str, point: str) -> Iterator[subprocess.Popen[bytes
         holder.wait()
 
 
-def await_reached(holder: subprocess.Popen[bytes]) -> None:
+def await_reached(holder: subprocess.Popen[bytes], client: subprocess.Popen[bytes]) -> None:
+    """Return when the point is reached; fail if what was to reach it ends before."""
     assert holder.stdout is not None
+    while not select.select([holder.stdout], [], [], 0.1)[0]:
+        if client.poll() is not None:
+            told = client.stderr.read().decode() if client.stderr is not None else ""
+            pytest.fail(f"it ended before, with {client.returncode}: {told}")
     assert holder.stdout.readline() == b"reached\n"
 
 

@@ -59,7 +59,7 @@ def test_a_restarted_destination_has_nothing_of_it_so_the_original_runs_on(
     shell, pid = counter(desk)
     with held(desk.nodes, "node2", point) as holder:
         client = start_move(desk, pid, "node2")
-        await_reached(holder)
+        await_reached(holder, client)
         desk.nodes.kill("node2")
         assert "node2" in complaint(client)
         assert in_doubt(desk)
@@ -78,7 +78,7 @@ def test_an_administrators_word_that_a_host_is_lost_lets_the_original_run(
     shell, pid = counter(desk)
     with held(desk.nodes, "node2", point) as holder:
         client = start_move(desk, pid, "node2")
-        await_reached(holder)
+        await_reached(holder, client)
         desk.nodes.kill("node2")
         assert "migctl recover" in complaint(client)
         stood = desk.lines("out")
@@ -95,7 +95,7 @@ def test_a_host_that_was_not_lost_after_all_ends_its_copy(desk: Desk) -> None:
     shell, pid = counter(desk)
     with held(desk.nodes, "node2", "destination-recorded") as holder:
         client = start_move(desk, pid, "node2")
-        await_reached(holder)
+        await_reached(holder, client)
         desk.nodes.cut("node2")
         let_go(holder)
         complaint(client)
@@ -121,7 +121,7 @@ def test_a_hop_in_doubt_that_did_succeed_keeps_its_guest(desk: Desk) -> None:
     desk.move(pid, "node2")
     with held(desk.nodes, "node3", "destination-recorded") as holder:
         client = start_move(desk, pid, "node3")
-        await_reached(holder)
+        await_reached(holder, client)
         desk.nodes.cut("node3")
         let_go(holder)
         complaint(client)
@@ -141,7 +141,7 @@ def test_a_guest_is_not_lost_with_the_keeper_that_it_has_left(desk: Desk) -> Non
     desk.move(pid, "node2")
     with held(desk.nodes, "node3", "destination-resumed") as holder:
         client = start_move(desk, pid, "node3")
-        await_reached(holder)
+        await_reached(holder, client)
         assert client.wait(LONG_SECONDS) == 0
         until(lambda: not agent_pids(desk.nodes, "node2", "keeper"), "node2 is rid of it")
         let_go(holder)

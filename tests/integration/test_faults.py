@@ -4,24 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import subprocess
-import time
 
 import pytest
 from holding import await_reached, held, let_go
+from moving import Desk, guests_at, until
 from testbed.client import Nodes
 
-COUNTER = """
-import os, sys, time
-fd = os.open("/home/alice/counter", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-n = 0
-while not os.path.exists("/home/alice/stop"):
-    n += 1
-    os.write(fd, b"%d\\n" % n)
-    time.sleep(0.01)
-sys.exit(7)
-"""
 SOURCE_POINTS = (
     "source-begun",
+    "source-prepared",
     "source-frozen",
     "source-dumped",
     "source-ready",
@@ -36,47 +27,30 @@ DESTINATION_POINTS = (
     "destination-recorded",
     "destination-thawed",
 )
+MAY_BE_LOST = ("source-committed", "source-answered", *DESTINATION_POINTS[3:])
+"""Where the destination has, or may have, resumed it: it ends if what holds it there is killed."""
+SOURCE_VICTIMS = ("guard@node1", "migd@node1", "keeper@node2", "cable")
+DESTINATION_VICTIMS = ("guard@node1", "migd@node2", "keeper@node2", "cable")
+CRIU_CASES = [
+    *[(point, "node1", "criu@node1") for point in ("source-prepared", "source-frozen")],
+    ("source-criu", "node1", "criu@node1"),
+    *[(point, "node2", "criu@node2") for point in DESTINATION_POINTS[:2]],
+    ("destination-criu", "node2", "criu@node2"),
+]
+"""Where there is a criu: it is started before it is needed, and ends when it has done its work."""
+CASES = [
+    *[(point, "node1", victim) for point in SOURCE_POINTS for victim in SOURCE_VICTIMS],
+    *[(point, "node2", victim) for point in DESTINATION_POINTS for victim in DESTINATION_VICTIMS],
+    *CRIU_CASES,
+]
+PATTERNS = {
+    # Bracketed, so that who searches does not find itself.
+    "guard": "[a]gent.guard",
+    "keeper": "[a]gent.keeper",
+    "migd": "[b]in/migd",
+    "criu": "[c]riu.* (swrk|--rpc)",
+}
 SETTLED_SECONDS = 60
-
-
-class Counter:
-    """A program of alice's on node1 that counts into a file at home, and her shell that waits for it."""
-
-    def __init__(self, nodes: Nodes) -> None:
-        self.nodes = nodes
-        nodes.sh("node1", "rm -f /home/alice/counter /home/alice/stop /home/alice/status")
-        nodes.sh("node1", "cat > /home/alice/counter.py <<'EOF'\n" + COUNTER + "\nEOF")
-        script = (
-            "python3 /home/alice/counter.py & echo $! > /home/alice/pid; wait $!;"
-            " echo $? > /home/alice/status"
-        )
-        self.shell = nodes.popen("node1", ["bash", "-c", script], user="alice")
-        self.await_growth()
-        self.pid = int(nodes.sh("node1", "cat /home/alice/pid"))
-
-    def lines(self) -> list[str]:
-        text = self.nodes.sh("node1", "cat /home/alice/counter 2>/dev/null || true")
-        return text.split("\n")[:-1]
-
-    def grows(self, seconds: float) -> bool:
-        """Whether it counts on within so many seconds."""
-        start = len(self.lines())
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
-            if len(self.lines()) > start + 3:
-                return True
-        return False
-
-    def await_growth(self) -> None:
-        assert self.grows(SETTLED_SECONDS), "the program does not count"
-
-    def status(self) -> str:
-        return self.nodes.sh("node1", "cat /home/alice/status 2>/dev/null || true").strip()
-
-    def assert_one_copy(self) -> None:
-        """Every number exactly once and in order: two copies would write some twice."""
-        numbers = [int(line) for line in self.lines()]
-        assert numbers == list(range(1, len(numbers) + 1))
 
 
 def strike(nodes: Nodes, victim: str) -> None:
@@ -85,60 +59,50 @@ def strike(nodes: Nodes, victim: str) -> None:
         nodes.cut("node2")
         return
     kind, _, node = victim.partition("@")
-    # Bracketed, so that the shell which searches does not find itself.
-    pattern = {
-        "guard": "[a]gent.guard",
-        "keeper": "[a]gent.keeper",
-        "migd": "[b]in/migd",
-        "criu": "^criu: (dump|restore) --rpc",
-    }
-    nodes.sh(node, f"pkill -KILL -f -o '{pattern[kind]}'")
-
-
-SOURCE_VICTIMS = ("guard@node1", "migd@node1", "keeper@node2", "cable")
-DESTINATION_VICTIMS = ("guard@node1", "migd@node2", "keeper@node2", "cable")
-CASES = [
-    *[(point, "node1", victim) for point in SOURCE_POINTS for victim in SOURCE_VICTIMS],
-    *[(point, "node2", victim) for point in DESTINATION_POINTS for victim in DESTINATION_VICTIMS],
-    ("source-criu", "node1", "criu@node1"),
-    ("destination-criu", "node2", "criu@node2"),
-]
+    command = ["pkill", "-KILL", "-f", "-o", PATTERNS[kind]]
+    until(lambda: nodes.exec(node, command, check=False).status == 0, f"{victim} is there")
 
 
 @pytest.mark.parametrize(("point", "node", "victim"), CASES, ids=lambda value: str(value))
 def test_never_two_copies_and_none_lost_before_it_resumed(
-    nodes: Nodes, point: str, node: str, victim: str
+    desk: Desk, point: str, node: str, victim: str
 ) -> None:
-    counter = Counter(nodes)
-    with held(nodes, node, point) as holder:
-        client = nodes.popen(
+    shell = desk.shell(
+        'python3 logger.py n & echo "pid $!"; wait $!; echo $? >ended; mv ended status'
+    )
+    pid = shell.pid()
+    desk.grows("log")
+    with held(desk.nodes, node, point) as holder:
+        client = desk.nodes.popen(
             "node1",
-            ["migrate", "-p", str(counter.pid), "-h", "node2"],
+            ["migrate", "-p", str(pid), "-h", "node2"],
             user="alice",
             stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
         )
-        await_reached(holder)
-        strike(nodes, victim)
+        await_reached(holder, client)
+        strike(desk.nodes, victim)
         let_go(holder)
         if victim == "cable":
             with contextlib.suppress(subprocess.TimeoutExpired):
                 client.wait(3)
-            nodes.heal("node2")
+            desk.nodes.heal("node2")
         client.wait(SETTLED_SECONDS)
-    deadline = time.monotonic() + SETTLED_SECONDS
-    while time.monotonic() < deadline and not counter.grows(1) and not counter.status():
-        pass
-    counter.assert_one_copy()
-    if counter.status():
-        # Lost: only if what held the resumed guest was killed, and then the shell must know it.
-        assert point in ("source-committed", "source-answered", *DESTINATION_POINTS[3:]), "lost"
-        assert victim.startswith(("guard", "keeper")), "lost"
-        assert counter.status() == "137"
-        assert not counter.grows(1)
+    stood = desk.lines("log")
+    until(
+        lambda: desk.read("status") or desk.lines("log") > stood + 3,
+        "it goes on, or has ended",
+        SETTLED_SECONDS,
+    )
+    desk.enough()
+    status = until(lambda: desk.read("status"), "it ends", SETTLED_SECONDS).strip()
+    if status == "137":
+        # Lost: only if what held the resumed guest was killed.
+        assert point in MAY_BE_LOST
+        assert victim.startswith(("guard", "keeper"))
     else:
-        counter.await_growth()
-        nodes.sh("node1", "touch /home/alice/stop", user="alice")
-        counter.shell.wait(SETTLED_SECONDS)
-        assert counter.status() == "7"
-    counter.assert_one_copy()
+        assert status == "0"
+    for each in desk.nodes.names:
+        until(lambda each=each: not guests_at(desk.nodes, each), f"no copy on {each}")
+    # Two copies would have written some numbers twice.
+    numbers = [int(line.split()[1]) for line in desk.read("log").splitlines()]
+    assert numbers == list(range(1, len(numbers) + 1))

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from migrate import client, messages, paths
+from migrate import client, messages, paths, reaching
 from migrate.errors import HostError, MigrateError
 from migrate.framing import HEADER_BYTES, encode_frame, recv_frame
 from migrate.messages import Checked, Move, Moved, Obstacle, Progress, Refused
@@ -364,5 +364,6 @@ def test_a_socket_that_nobody_serves_is_a_host_error(
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(str(path))
     monkeypatch.setattr(paths, "MIGD_SOCKET", path)
+    monkeypatch.setattr(reaching, "RESTART_SECONDS", 0.0)
     with pytest.raises(HostError, match="cannot be reached"):
         next(client.ask(Move(5)))

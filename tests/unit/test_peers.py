@@ -40,7 +40,7 @@ from agent.peers import (
     RawConnection,
     RawPool,
 )
-from migrate import paths
+from migrate import paths, reaching
 from migrate.config import Host
 from migrate.errors import HostError, PeerError, UserError
 from migrate.framing import FrameTooLarge, encode_frame, recv_frame, send_frame
@@ -128,6 +128,7 @@ def open_fds() -> int:
 
 def test_the_bridge_knows_the_socket_by_the_same_path() -> None:
     assert str(paths.PEER_SOCKET) == agent.bridge.PEER_SOCKET
+    assert reaching.RESTART_SECONDS == agent.bridge.RESTART_SECONDS
 
 
 def test_without_migd_the_bridge_says_so_in_one_line(tmp_path: Path) -> None:
