@@ -27,26 +27,28 @@ import select
 import signal
 import struct
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from agent import syscalls
+from agent.process_memory import Memory, NoRoomError, scratch
+from agent.ptrace_hold import (
+    NO_SYSCALL,
+    FailedError,
+    GoneError,
+    Hold,
+    LateError,
+    child_signal_blocked,
+    signed,
+)
 from migrate.errors import HostError
 
 # Numbers of x86_64 (asm/unistd_64.h), which a tracee is made to call.
-_WRITE, _POLL, _RT_SIGACTION, _WRITEV, _PAUSE, _EXECVE = 1, 7, 13, 20, 34, 59
-_EXIT, _FCNTL, _EXIT_GROUP, _PPOLL, _SIGNALFD4, _PRLIMIT64 = 60, 72, 231, 271, 289, 302
-_SYSCALL_INSTRUCTION = b"\x0f\x05"
-_CS_64_BIT = 0x33
-_NO_SYSCALL = (1 << 64) - 1
+_WRITE, _POLL, _WRITEV, _EXECVE, _EXIT, _FCNTL = 1, 7, 20, 59, 60, 72
+_EXIT_GROUP, _PPOLL, _SIGNALFD4, _PRLIMIT64 = 231, 271, 289, 302
 
-_STOP_SIGNALS = {signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU}
-_OPTIONS = syscalls.PTRACE_O_TRACESYSGOOD | syscalls.PTRACE_O_TRACEEXEC
-_SYSCALL_STOP = signal.SIGTRAP | 0x80
 _ENVIRONMENT_LIMIT = _COMMAND_LINE_LIMIT = 1 << 15
-_WAIT_SLICE_SECONDS = 0.05
-_SECOND_CHANCE_SECONDS = 5
 _INFINITY = (1 << 64) - 1
 _STACK_BYTES = 8 << 20
 _LIMITS_TO_CHANGE = {
@@ -124,8 +126,8 @@ def become_deputy(
     deadline = time.monotonic() + timeout_seconds
     _kill(members, deadline)
     looks = _Looks.of(pid)
-    with _child_signal_blocked():
-        hold = _Hold(pid, deadline)
+    with child_signal_blocked():
+        hold = Hold(pid, deadline)
         try:
             hold.seize()
             hold.block_signals()
@@ -134,7 +136,7 @@ def become_deputy(
             thaw()
         except ProcessLookupError as error:
             hold.bury()
-            raise _GoneError(pid) from error
+            raise GoneError(pid) from error
         except BaseException:
             hold.let_go()
             raise
@@ -149,14 +151,14 @@ def become_deputy(
             # Whatever it was: the guest runs elsewhere, a second copy must not.
             hold.bury()
             if isinstance(error, ProcessLookupError):
-                raise _GoneError(pid) from error
+                raise GoneError(pid) from error
             raise
 
 
 def finish(pid: int, exit_code: int, timeout_seconds: float = 10) -> None:
     """`MuteDeputy.finish` for a pid that was written down."""
-    with _child_signal_blocked():
-        hold = _Hold(pid, time.monotonic() + timeout_seconds)
+    with child_signal_blocked():
+        hold = Hold(pid, time.monotonic() + timeout_seconds)
         try:
             hold.seize()
             hold.require_parked()
@@ -188,21 +190,6 @@ def copy_fds(pid: int, fds: Sequence[int]) -> list[int]:
                 on_failure.callback(os.close, copies[-1])
             on_failure.pop_all()
         return copies
-
-
-class _GoneError(HostError):
-    """The process died while it was held."""
-
-    def __init__(self, pid: int) -> None:
-        super().__init__(f"pid {pid}", "it died while it was to become a deputy")
-
-
-class _LateError(HostError):
-    """The process did not come to its next stop by the deadline; it runs."""
-
-
-class _FailedError(Exception):
-    """A step of the injection failed; the process is still held."""
 
 
 @dataclass(frozen=True)
@@ -251,240 +238,8 @@ def _wanted_limits(table: str) -> dict[int, tuple[int, int]]:
     return limits
 
 
-@dataclass
-class _Hold:
-    """A process all of whose threads this one holds by ptrace."""
-
-    pid: int
-    deadline: float
-    """On the clock of time.monotonic, for the waits in here."""
-    stopped: bool = False
-    """It is in group-stop."""
-    others: set[int] = field(default_factory=set)
-    """The held threads but the leader."""
-    leader_held: bool = False
-    instruction: int | None = None
-    """The address of a system call instruction in the program that it runs now."""
-
-    def seize(self) -> None:
-        """Stop every thread, frozen ones too: a trap goes before the freezer.
-
-        :raises HostError: somebody else traces it, or a thread does not stop in time.
-        """
-        done: set[int] = set()
-        while new := self._threads() - done:
-            for tid in new:
-                self._seize_thread(tid)
-            done |= new
-        if not self.leader_held:
-            raise HostError(f"pid {self.pid}", "its main thread has ended")
-
-    def _seize_thread(self, tid: int) -> None:
-        try:
-            syscalls.ptrace(syscalls.PTRACE_SEIZE, tid, 0, _OPTIONS)
-        except OSError as error:
-            tracer = self._tracer(tid)
-            if tid != self.pid and tracer is None:
-                return
-            # An attempt before this one may have left a thread that did not stop in time.
-            if tracer != os.getpid():
-                reason = f"it cannot be held: {error.strerror}"
-                raise HostError(f"pid {self.pid}", reason, "detach its debugger") from error
-        if tid == self.pid:
-            self.leader_held = True
-        else:
-            self.others.add(tid)
-        with contextlib.suppress(ProcessLookupError):
-            syscalls.ptrace(syscalls.PTRACE_INTERRUPT, tid)
-        _, status = self.wait({tid})
-        while tid in self.others | {self.pid} and status >> 16 != syscalls.PTRACE_EVENT_STOP:
-            # A signal on its way to a process that was not frozen: back into the queue with it.
-            with contextlib.suppress(ProcessLookupError):
-                syscalls.tgkill(self.pid, tid, os.WSTOPSIG(status))
-            syscalls.ptrace(syscalls.PTRACE_CONT, tid)
-            _, status = self.wait({tid})
-
-    def _threads(self) -> set[int]:
-        try:
-            return {int(task.name) for task in Path(f"/proc/{self.pid}/task").iterdir()}
-        except FileNotFoundError:
-            raise _GoneError(self.pid) from None
-
-    def _tracer(self, tid: int) -> int | None:
-        """The pid of a thread's tracer, 0 for none; None if the thread is gone."""
-        try:
-            status = Path(f"/proc/{self.pid}/task/{tid}/status").read_text(errors="replace")
-        except (FileNotFoundError, ProcessLookupError):
-            return None
-        found = re.search(r"^TracerPid:\s*(\d+)", status, re.MULTILINE)
-        return int(found[1]) if found else 0
-
-    def wait(self, tids: Collection[int] | None = None) -> tuple[int, int]:
-        """Wait for the next stop of one of these threads (all if None); bury the dead.
-
-        :returns: tid and wait status.
-        :raises HostError: the deadline is past, or the process died.
-        """
-        while True:
-            for tid in tids or {self.pid, *self.others}:
-                try:
-                    got, status = os.waitpid(tid, syscalls.WALL | os.WNOHANG)
-                except ChildProcessError:
-                    self._lost(tid)
-                    if tids:
-                        return tid, 0
-                    continue
-                if not got:
-                    continue
-                if not os.WIFSTOPPED(status):
-                    self._lost(tid)
-                elif tid == self.pid and status >> 16 == syscalls.PTRACE_EVENT_STOP:
-                    self.stopped = os.WSTOPSIG(status) in _STOP_SIGNALS
-                return tid, status
-            remaining = self.deadline - time.monotonic()
-            if remaining <= 0:
-                raise _LateError(f"pid {self.pid}", "it did not stop in time")
-            signal.sigtimedwait((signal.SIGCHLD,), min(remaining, _WAIT_SLICE_SECONDS))
-
-    def _lost(self, tid: int) -> None:
-        self.others.discard(tid)
-        if tid == self.pid:
-            self.leader_held = False
-            raise _GoneError(self.pid)
-
-    def block_signals(self) -> None:
-        """Block all that can be, in each thread."""
-        for tid in {self.pid, *self.others}:
-            syscalls.ptrace_set_signal_mask(tid, syscalls.ALL_SIGNALS)
-
-    def require_64_bit(self) -> None:
-        """:raises HostError: it runs 32-bit code, whose system calls have other numbers."""
-        if syscalls.ptrace_registers(self.pid).cs != _CS_64_BIT:
-            raise HostError(f"pid {self.pid}", "a 32-bit program cannot become a deputy")
-
-    def require_parked(self) -> None:
-        """:raises HostError: it is not where `park` leaves a process."""
-        registers = syscalls.ptrace_registers(self.pid)
-        if _PAUSE not in (registers.rax, registers.orig_rax):
-            raise HostError(f"pid {self.pid}", "it is no mute deputy")
-
-    def kill_with_tracer(self) -> None:
-        """From now on the kernel kills it if this process dies."""
-        options = _OPTIONS | syscalls.PTRACE_O_EXITKILL
-        for tid in {self.pid, *self.others}:
-            syscalls.ptrace(syscalls.PTRACE_SETOPTIONS, tid, 0, options)
-
-    def start_call(self, number: int, *arguments: int, tid: int | None = None) -> None:
-        """Set a thread to make this system call when it goes on."""
-        tid = self.pid if tid is None else tid
-        registers = syscalls.ptrace_registers(tid)
-        for name, value in zip(("rdi", "rsi", "rdx", "r10", "r8", "r9"), arguments, strict=False):
-            setattr(registers, name, value)
-        registers.rax = number
-        # No call is in progress any more that the kernel could restart.
-        registers.orig_rax = _NO_SYSCALL
-        if self.instruction is None:
-            self.instruction = _syscall_address(self.pid)
-        registers.rip = self.instruction
-        syscalls.ptrace_set_registers(tid, registers)
-
-    def step(self) -> int:
-        """Let the leader run to its next stop at a system call or an event; returns the status.
-
-        :raises _FailedError: a signal came up that no mask holds back: it crashed.
-        """
-        deliver = 0
-        while True:
-            syscalls.ptrace(syscalls.PTRACE_SYSCALL, self.pid, 0, deliver)
-            tid, status = self.wait()
-            while tid != self.pid:
-                tid, status = self.wait()
-            number = os.WSTOPSIG(status)
-            if status >> 16 == syscalls.PTRACE_EVENT_EXEC:
-                self.instruction = None
-                return status
-            if number == _SYSCALL_STOP:
-                return status
-            if status >> 16 == syscalls.PTRACE_EVENT_STOP:
-                deliver = 0
-            elif number == signal.SIGSTOP:
-                deliver = number
-            else:
-                raise _FailedError(f"it got signal {number}")
-
-    def call(self, what: str, number: int, *arguments: int) -> int:
-        """Have the leader make a system call; returns the result.
-
-        :raises _FailedError: the call failed.
-        """
-        self.start_call(number, *arguments)
-        self.step()
-        self.step()
-        result = _signed(syscalls.ptrace_registers(self.pid).rax)
-        if -4096 < result < 0:
-            raise _FailedError(f"{what}: {os.strerror(-result)}")
-        return result
-
-    def make_deadly(self, number: int) -> None:
-        """Have signal `number` do what it does by default, as soon as the process goes on."""
-        with _Memory(self.pid) as memory:
-            area = _scratch(self.pid, 32)
-            memory.write(area, bytes(32))  # a struct sigaction: SIG_DFL, no flags, no mask
-        with contextlib.suppress(_FailedError):
-            self.call("rt_sigaction", _RT_SIGACTION, number, area, 0, 8)
-        self.start_call(_PAUSE)
-        syscalls.ptrace_set_signal_mask(
-            self.pid, syscalls.ALL_SIGNALS & ~syscalls.signal_mask([number])
-        )
-
-    def park(self) -> None:
-        """Leave every thread in pause(2) for good, nothing but SIGKILL ending it; let go."""
-        for tid in sorted(self.others):
-            self.start_call(_PAUSE, tid=tid)
-        self.start_call(_PAUSE)
-        self.block_signals()
-        self.let_go()
-
-    def let_go(self) -> None:
-        """Detach from all that is held."""
-        for tid in (*sorted(self.others), *([self.pid] if self.leader_held else [])):
-            # ESRCH: killed meanwhile.
-            with contextlib.suppress(ProcessLookupError):
-                syscalls.ptrace(syscalls.PTRACE_DETACH, tid)
-        self.others.clear()
-        self.leader_held = False
-
-    def interrupt(self) -> None:
-        """Stop the leader once more, after a wait for it was in vain."""
-        self.deadline = time.monotonic() + _SECOND_CHANCE_SECONDS
-        syscalls.ptrace(syscalls.PTRACE_INTERRUPT, self.pid)
-        while self.wait({self.pid})[1] >> 16 != syscalls.PTRACE_EVENT_STOP:
-            syscalls.ptrace(syscalls.PTRACE_CONT, self.pid)
-
-    def run_to_death(self) -> None:
-        """Let it go on, under hold, so that even in group-stop it does; return when it is dead."""
-        deliver = 0
-        with contextlib.suppress(_GoneError):
-            while True:
-                syscalls.ptrace(syscalls.PTRACE_CONT, self.pid, 0, deliver)
-                tid, status = self.wait()
-                while tid != self.pid:
-                    tid, status = self.wait()
-                is_event = status >> 16 == syscalls.PTRACE_EVENT_STOP
-                deliver = 0 if is_event else os.WSTOPSIG(status)
-
-    def bury(self) -> None:
-        """Kill it. Its parent learns of its death when it is waited for here."""
-        self.deadline = time.monotonic() + _SECOND_CHANCE_SECONDS
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.pid, signal.SIGKILL)
-        with contextlib.suppress(HostError):
-            while self.leader_held:
-                self.wait()
-
-
 def _turn(
-    hold: _Hold,
+    hold: Hold,
     looks: _Looks,
     program: DeputyProgram,
     keep_fds: Collection[int],
@@ -495,26 +250,26 @@ def _turn(
     :returns: None, or why it failed; the process is held in both cases.
     """
     try:
-        with _Memory(hold.pid) as memory:
-            area = _scratch(hold.pid, 16)
+        with Memory(hold.pid) as memory:
+            area = scratch(hold.pid, 16)
             for number, pair in looks.limits.items():
                 memory.write(area, struct.pack("=2Q", *pair))
-                with contextlib.suppress(_FailedError):
+                with contextlib.suppress(FailedError):
                     hold.call("setrlimit", _PRLIMIT64, 0, number, area, 0)
             kept = [fd for fd in keep_fds if _keep_over_exec(hold, fd)]
             memory.write(area, struct.pack("=Q", syscalls.ALL_SIGNALS))
-            signals = hold.call("signalfd4", _SIGNALFD4, _NO_SYSCALL, area, 8, 0)
+            signals = hold.call("signalfd4", _SIGNALFD4, NO_SYSCALL, area, 8, 0)
             arguments = _deputy_arguments(program, looks, signals, kept, imaged_signals)
             size = len(_exec_block(0, arguments, looks.environment).data)
-            block = _exec_block(_scratch(hold.pid, size), arguments, looks.environment)
+            block = _exec_block(scratch(hold.pid, size), arguments, looks.environment)
             memory.write(block.path, block.data)
         _exec(hold, program, block)
         _run_to_main_loop(hold)
     except ProcessLookupError:
         raise
-    except (_FailedError, OSError) as error:
+    except (FailedError, NoRoomError, OSError) as error:
         return str(error)
-    except _LateError as error:
+    except LateError as error:
         hold.interrupt()
         return str(error)
     with contextlib.suppress(OSError):
@@ -522,7 +277,7 @@ def _turn(
     return None
 
 
-def _keep_over_exec(hold: _Hold, fd: int) -> bool:
+def _keep_over_exec(hold: Hold, fd: int) -> bool:
     """Clear close-on-exec; returns whether the descriptor is open at all."""
     try:
         text = Path(f"/proc/{hold.pid}/fdinfo/{fd}").read_text()
@@ -582,21 +337,21 @@ def _exec_block(
     return _ExecBlock(data, address, argv, argv + 8 * (len(arguments) + 1))
 
 
-def _exec(hold: _Hold, program: DeputyProgram, block: _ExecBlock) -> None:
-    """:raises _FailedError: execve refused, and the process is what it was."""
+def _exec(hold: Hold, program: DeputyProgram, block: _ExecBlock) -> None:
+    """:raises FailedError: execve refused, and the process is what it was."""
     hold.start_call(_EXECVE, block.path, block.argv, block.envp)
     hold.step()
     # Other threads die in there; `step` waits for them as well, or execve would never end.
     if hold.step() >> 16 != syscalls.PTRACE_EVENT_EXEC:
-        result = _signed(syscalls.ptrace_registers(hold.pid).rax)
-        raise _FailedError(f"{program.python}: {os.strerror(-result)}")
+        result = signed(syscalls.ptrace_registers(hold.pid).rax)
+        raise FailedError(f"{program.python}: {os.strerror(-result)}")
     hold.step()
 
 
-def _run_to_main_loop(hold: _Hold) -> None:
+def _run_to_main_loop(hold: Hold) -> None:
     """Let the new program start, up to its first poll(2), which no interpreter needs to start.
 
-    :raises _FailedError: it crashed, or is about to exit; it is held before that.
+    :raises FailedError: it crashed, or is about to exit; it is held before that.
     """
     call_number = syscalls.Registers.orig_rax.offset  # type: ignore[attr-defined]
     while True:
@@ -609,17 +364,17 @@ def _run_to_main_loop(hold: _Hold) -> None:
         elif number in (_EXIT, _EXIT_GROUP):
             registers = syscalls.ptrace_registers(hold.pid)
             # The call that it was about to make is not made; `park` sets another.
-            registers.orig_rax = _NO_SYSCALL
+            registers.orig_rax = NO_SYSCALL
             syscalls.ptrace_set_registers(hold.pid, registers)
             hold.step()
-            raise _FailedError(f"the deputy ended at its start with status {registers.rdi}")
+            raise FailedError(f"the deputy ended at its start with status {registers.rdi}")
         hold.step()
 
 
-def _skip_output(hold: _Hold) -> None:
+def _skip_output(hold: Hold) -> None:
     registers = syscalls.ptrace_registers(hold.pid)
     if registers.rdi in (1, 2):
-        registers.orig_rax = _NO_SYSCALL
+        registers.orig_rax = NO_SYSCALL
         syscalls.ptrace_set_registers(hold.pid, registers)
 
 
@@ -627,88 +382,8 @@ def _show_command_line(pid: int, command_line: bytes) -> None:
     """Write the original's command line over the deputy's, which has read it by now."""
     fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
     start, end = int(fields[45]), int(fields[46])  # proc(5): 48 and 49, less pid, comm, and from 1
-    with _Memory(pid) as memory:
+    with Memory(pid) as memory:
         memory.write(start, command_line[: end - start - 1].ljust(end - start, b"\0"))
-
-
-class _Memory:
-    """The memory of a held process; of the program it runs now, not of one it execs later."""
-
-    def __init__(self, pid: int) -> None:
-        self._fd = os.open(f"/proc/{pid}/mem", os.O_RDWR | os.O_CLOEXEC)
-
-    def __enter__(self) -> "_Memory":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self._fd)
-
-    def read(self, address: int, size: int) -> bytes:
-        return os.pread(self._fd, size, address)
-
-    def write(self, address: int, data: bytes) -> None:
-        view = memoryview(data)
-        while view:
-            written = os.pwrite(self._fd, view, address)
-            if not written:
-                raise ProcessLookupError
-            view = view[written:]
-            address += written
-
-
-@dataclass(frozen=True)
-class _Mapping:
-    """One line of /proc/PID/maps."""
-
-    start: int
-    end: int
-    rights: str
-    inode: int
-    name: str
-
-
-def _mappings(pid: int) -> Iterator[_Mapping]:
-    for line in Path(f"/proc/{pid}/maps").read_text(errors="replace").splitlines():
-        span, rights, _, _, inode, *name = line.split(maxsplit=5)
-        start, end = (int(text, 16) for text in span.split("-"))
-        yield _Mapping(start, end, rights, int(inode), name[0] if name else "")
-
-
-def _syscall_address(pid: int) -> int:
-    """Where a system call instruction stands in executable memory: in the vdso, else anywhere.
-
-    :raises HostError: nowhere.
-    """
-    executable = [mapping for mapping in _mappings(pid) if "x" in mapping.rights]
-    executable.sort(key=lambda mapping: mapping.name != "[vdso]")
-    with _Memory(pid) as memory:
-        for mapping in executable:
-            with contextlib.suppress(OSError):  # [vsyscall] cannot be read
-                data = memory.read(mapping.start, mapping.end - mapping.start)
-                if (found := data.find(_SYSCALL_INSTRUCTION)) >= 0:
-                    return mapping.start + found
-    raise HostError(f"pid {pid}", "it has no system call instruction in its memory")
-
-
-def _scratch(pid: int, size: int) -> int:
-    """The address of writable memory that the process does not need any more, as it ends.
-
-    The far end of the stack: what is at the near end /proc shows as its arguments.
-    """
-    private = [
-        mapping
-        for mapping in _mappings(pid)
-        if mapping.rights.startswith("rw") and mapping.rights.endswith("p") and not mapping.inode
-    ]
-    private.sort(key=lambda mapping: (mapping.name != "[stack]", mapping.start - mapping.end))
-    for mapping in private:
-        if mapping.end - mapping.start >= size:
-            return mapping.start
-    raise _FailedError("no room in its memory")
-
-
-def _signed(word: int) -> int:
-    return word - (1 << 64) if word >> 63 else word
 
 
 def _kill(members: Collection[int], deadline: float) -> None:
@@ -729,14 +404,3 @@ def _kill(members: Collection[int], deadline: float) -> None:
         for pidfd, _ in poll.poll(remaining_ms):
             poll.unregister(pidfd)
             waiting.remove(pidfd)
-
-
-@contextlib.contextmanager
-def _child_signal_blocked() -> Iterator[None]:
-    """Block SIGCHLD, to wait for it; the caller gets one for those that may have been eaten."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGCHLD,))
-    try:
-        yield
-    finally:
-        os.kill(os.getpid(), signal.SIGCHLD)
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
