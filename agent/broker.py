@@ -9,6 +9,7 @@ from agent.agents import Agent
 from agent.command_offers import run_command
 from agent.command_server import Client
 from agent.eviction import Eviction
+from agent.groups import Groups
 from agent.guest_lines import GuestLines
 from agent.handover import Tell
 from agent.hopping import move_on
@@ -43,6 +44,7 @@ class Broker:
         self._eviction = Eviction(self._here)
         self._lines = GuestLines(self._here)
         self._settling = Settling(self._here)
+        self.groups = Groups(self._here)
         self._moving: set[int] = set()
         self.questions = Questions(self._here)
 
@@ -51,6 +53,7 @@ class Broker:
         self._here.agents.find_again()
         self._settling.settle_left()
         await self._here.load.start()
+        await self.groups.start()
 
     def reload(self) -> None:
         """Read the configuration again (SIGHUP); a wrong one is told and changes nothing."""
@@ -68,6 +71,7 @@ class Broker:
 
     def close(self) -> None:
         """Agents run on."""
+        self.groups.close()
         self._here.close()
 
     # ------------------------------------------------------------------ clients

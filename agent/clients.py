@@ -14,7 +14,7 @@ from typing import Any
 from agent.broker import Broker
 from agent.handover import Tell
 from agent.repeated import Repeated
-from migrate import messages, paths
+from migrate import group_messages, messages, paths
 from migrate.errors import MigrateError, UserError
 from migrate.framing import MALFORMED, encode_frame, read_frame
 
@@ -106,6 +106,12 @@ class ClientServer:
                 return self._broker.list_guests(uid)
             case messages.AskHistory(count):
                 return self._broker.history(uid, count)
+            case group_messages.JoinGroup():
+                return self._broker.groups.join(request, uid)
+            case group_messages.ResetGroup():
+                return self._broker.groups.reset(request, uid)
+            case group_messages.ListGroup():
+                return await asyncio.to_thread(self._broker.groups.list(request))
             case messages.Recover():
                 if uid != 0:
                     raise UserError("recover", "is for root only")

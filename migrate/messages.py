@@ -9,7 +9,8 @@ from typing import Annotated
 
 import msgspec
 
-PROTOCOL = 1
+from migrate import group_messages
+from migrate.protocol import PROTOCOL as PROTOCOL
 
 Word = Annotated[str, msgspec.Meta(max_length=256)]
 
@@ -133,9 +134,9 @@ class History(msgspec.Struct, frozen=True, tag="history-is"):
     rows: tuple[HistoryRow, ...]
 
 
-Request = Move | ListGuests | Recover | AskHistory
-Reply = Progress | Moved | Checked | Refused | Guests | Recovered | History
-FINAL = (Moved, Checked, Refused, Guests, Recovered, History)
+Request = Move | ListGuests | Recover | AskHistory | group_messages.Request
+Reply = Progress | Moved | Checked | Refused | Guests | Recovered | History | group_messages.Reply
+FINAL = (Moved, Checked, Refused, Guests, Recovered, History, *group_messages.FINAL)
 
 encode = msgspec.msgpack.Encoder().encode
 decode_request = msgspec.msgpack.Decoder(Request).decode

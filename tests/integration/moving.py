@@ -301,7 +301,8 @@ def _leftovers(nodes: Nodes, node: str) -> Iterator[str]:
         if OURS.search(command):
             yield f"{node}: process {process.name}: {command}"
     for line in Path(f"/proc/{init}/mounts").read_text().splitlines():
-        if line.split()[1].startswith("/run/migrate/"):
+        mount = line.split()[1]
+        if mount.startswith("/run/migrate/") and mount != "/run/migrate/proc":
             yield f"{node}: mount {line}"
     for directory in (nodes.node(node).cgroup / SLICE).glob("*/"):
         yield f"{node}: cgroup {directory.name}"

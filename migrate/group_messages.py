@@ -1,0 +1,81 @@
+"""What clients and migd say to each other about groups of processes, on migd's socket."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+
+from migrate.protocol import PROTOCOL
+
+GROUP_MAX = (1 << 31) - 1
+"""as openMosix's, an int"""
+PIDS_AT_ONCE = 8192
+ROWS_AT_ONCE = 512
+
+Group = Annotated[int, msgspec.Meta(ge=1, le=GROUP_MAX)]
+GroupOrNone = Annotated[int, msgspec.Meta(ge=0, le=GROUP_MAX)]
+"""0: no group"""
+Pid = Annotated[int, msgspec.Meta(ge=1, lt=1 << 31)]
+
+
+class JoinGroup(msgspec.Struct, frozen=True, tag="join-group"):
+    """These processes of mine are in this group now."""
+
+    pids: Annotated[tuple[Pid, ...], msgspec.Meta(max_length=PIDS_AT_ONCE)]
+    group: GroupOrNone
+    protocol: int = PROTOCOL
+
+
+class ResetGroup(msgspec.Struct, frozen=True, tag="reset-group"):
+    """The processes of this group that are mine are in none any more."""
+
+    group: Group
+    protocol: int = PROTOCOL
+
+
+class ListGroup(msgspec.Struct, frozen=True, tag="list-group"):
+    """Who is in this group (0: in any)? Only those with a pid above `after`."""
+
+    group: GroupOrNone
+    after: Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)] = 0
+    protocol: int = PROTOCOL
+
+
+class Unjoined(msgspec.Struct, frozen=True):
+    """A process that stays in its group, and why."""
+
+    pid: int
+    reason: str
+    remedy: str = ""
+
+
+class Joined(msgspec.Struct, frozen=True, tag="joined"):
+    """Who is in another group now, in the order that was asked for; and who is not."""
+
+    pids: tuple[int, ...]
+    unjoined: tuple[Unjoined, ...] = ()
+
+
+class MemberRow(msgspec.Struct, frozen=True):
+    """A process in a group."""
+
+    pid: int
+    group: int
+    user: str
+    home: str
+    where: str
+    """the host where it runs"""
+    command: str
+
+
+class GroupMembers(msgspec.Struct, frozen=True, tag="members"):
+    """The answer to ListGroup, by pid. `more`: ask again, after the last."""
+
+    rows: tuple[MemberRow, ...]
+    more: bool = False
+
+
+Request = JoinGroup | ResetGroup | ListGroup
+Reply = Joined | GroupMembers
+FINAL = (Joined, GroupMembers)

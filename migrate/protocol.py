@@ -1,0 +1,3 @@
+"""The version of what clients and migd say to each other."""
+
+PROTOCOL = 1

@@ -1,0 +1,134 @@
+"""Processes grouped by writing a number, as openMosix's miggroup."""
+
+import json
+
+from moving import Desk, Shell, agent_pids, until
+from testbed.client import Nodes, Result
+
+FILES = "/run/migrate/proc"
+
+
+def sleepers(desk: Desk, count: int) -> list[int]:
+    """Jobs of alice's at home that do nothing, by their pids."""
+    return [desk.job("sleep 600 </dev/null >/dev/null")[1] for _ in range(count)]
+
+
+def run(desk: Desk, *words: str, node: str = "", user: str = "", check: bool = True) -> Result:
+    """One of the programs, as a user runs it."""
+    return desk.nodes.exec(node or desk.home, words, user=user or desk.user, check=check)
+
+
+def group(nodes: Nodes, node: str, pid: int) -> str:
+    """What is in a process's file."""
+    return nodes.sh(node, f'cat {FILES}/"$1"/miggroup', str(pid), user="bob")
+
+
+def test_the_manuals_example(desk: Desk) -> None:
+    pids = sleepers(desk, 6)
+    words = [str(pid) for pid in pids]
+    assert run(desk, "joingroup", *words, "1").stdout.splitlines() == [
+        "miggroup = 1",
+        f"processes = {' '.join(words)}",
+        *(f"process {pid} joins the miggroup 1 now" for pid in pids),
+    ]
+    assert run(desk, "showgroup", "1").stdout.splitlines() == [
+        f"{pid} with commandline sleep 600 belongs to 1" for pid in pids
+    ]
+    told = json.loads(run(desk, "showgroup", "--json", "1").stdout)
+    assert told["group"] == 1
+    assert [row["pid"] for row in told["processes"]] == pids
+    assert run(desk, "resetgroup", "1").stdout.splitlines() == [f"resetet {pid}" for pid in pids]
+    assert run(desk, "showgroup", "1").stdout == ""
+
+
+def test_echo_and_cat(desk: Desk, nodes: Nodes) -> None:
+    (pid,) = sleepers(desk, 1)
+    assert group(nodes, "node1", pid) == "0"
+    script = f'echo "$2" >{FILES}/"$1"/miggroup'
+    nodes.sh("node1", script, str(pid), "12", user="alice")
+    assert group(nodes, "node1", pid) == "12"
+    refused = nodes.exec(
+        "node1", ["bash", "-c", script, "bash", str(pid), "twelve"], user="alice", check=False
+    )
+    assert "Invalid argument" in refused.stderr
+    assert group(nodes, "node1", pid) == "12"
+    assert run(desk, "joingroup", f"{pid:#x}", "13").status == 0
+    assert group(nodes, "node1", pid) == "13"
+
+
+def test_somebody_elses_process_is_refused(desk: Desk, nodes: Nodes) -> None:
+    (pid,) = sleepers(desk, 1)
+    script = f'echo 5 >{FILES}/"$1"/miggroup'
+    refused = nodes.exec("node1", ["bash", "-c", script, "bash", str(pid)], user="bob", check=False)
+    assert "Operation not permitted" in refused.stderr
+    joined = run(desk, "joingroup", str(pid), "5", user="bob", check=False)
+    assert joined.status == 1
+    assert joined.stderr == (
+        f"joingroup: pid {pid}: belongs to alice; only its owner or root changes its group\n"
+    )
+    assert group(nodes, "node1", pid) == "0"
+    nodes.sh("node1", script, str(pid))  # root may
+    assert group(nodes, "node1", pid) == "5"
+    reset = run(desk, "resetgroup", "5", user="bob", check=False)
+    assert (reset.status, reset.stdout) == (1, "")
+    assert group(nodes, "node1", pid) == "5"
+
+
+def test_numbers_outlive_migd(desk: Desk, nodes: Nodes) -> None:
+    first, second = sleepers(desk, 2)
+    run(desk, "joingroup", str(first), "1")
+    run(desk, "joingroup", str(second), "2")
+    nodes.restart_migd("node1")
+    assert [group(nodes, "node1", pid) for pid in (first, second)] == ["1", "2"]
+    nodes.crash_migd("node1")
+    assert [group(nodes, "node1", pid) for pid in (first, second)] == ["1", "2"]
+    assert len(mounts(nodes)) == 1
+
+
+def mounts(nodes: Nodes) -> list[str]:
+    """What is mounted for the files on node1."""
+    told = nodes.sh("node1", "cat /proc/mounts")
+    return [line for line in told.splitlines() if f" {FILES} " in line]
+
+
+def test_the_files_come_back_when_who_serves_them_is_killed(desk: Desk, nodes: Nodes) -> None:
+    (pid,) = sleepers(desk, 1)
+    run(desk, "joingroup", str(pid), "1")
+    (server,) = agent_pids(nodes, "node1", "group_files")
+    nodes.exec("node1", ["kill", "-KILL", str(server)])
+    read = ["cat", f"{FILES}/{pid}/miggroup"]
+    until(lambda: nodes.exec("node1", read, check=False).stdout == "1\n", "the file is there")
+    assert len(mounts(nodes)) == 1
+
+
+def test_many_write_at_once(desk: Desk, nodes: Nodes) -> None:
+    pids = sleepers(desk, 2)
+    script = f"""
+        for writer in 1 2 3 4 5 6 7 8; do
+            (for round in $(seq 50); do
+                echo $writer$round >{FILES}/$1/miggroup || echo failed
+                cat {FILES}/$1/miggroup
+                echo $writer >{FILES}/$2/miggroup || echo failed
+            done) &
+        done
+        wait
+    """
+    told = nodes.sh("node1", script, *map(str, pids), user="alice").split()
+    # Every read saw one whole value that somebody wrote.
+    written = {f"{writer}{count}" for writer in range(1, 9) for count in range(1, 51)}
+    assert len(told) == 400
+    assert set(told) <= written
+    assert group(nodes, "node1", pids[0]) in {f"{writer}50" for writer in range(1, 9)}
+    assert group(nodes, "node1", pids[1]) in set("12345678")
+
+
+def test_a_process_that_ends_takes_its_file_along(desk: Desk, nodes: Nodes) -> None:
+    shell: Shell
+    shell, pid = desk.job("python3 sleeper.py")
+    shell.says("ready")
+    run(desk, "joingroup", str(pid), "1")
+    desk.send(pid, "KILL")
+    assert shell.status() == 137
+    gone = nodes.exec("node1", ["cat", f"{FILES}/{pid}/miggroup"], check=False)
+    assert "No such file or directory" in gone.stderr
+    assert run(desk, "showgroup", "1").stdout == ""
