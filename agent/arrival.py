@@ -74,7 +74,9 @@ class Arrival:
         capsule: Capsule,
         images: Path,
         terminal: FarTerminal | None = None,
+        view_device: int = 0,
     ) -> None:
+        """:param view_device: of the home view, as st_dev; 0: there is none."""
         self._reactor = reactor
         self._journal = journal
         self._offer = offer
@@ -82,6 +84,7 @@ class Arrival:
         self._capsule = capsule
         self._images = images
         self._terminal = terminal
+        self._view_device = view_device
         self._tree = Cgroup(guest_path("keeper", offer.guest, "tree"))
         self._own = Cgroup(guest_path("keeper", offer.guest, "own"))
         self._received_at = 0.0
@@ -222,10 +225,12 @@ class Arrival:
                     images_fd=images_fd,
                     uid=self._offer.owner.uid,
                     gids=(self._offer.owner.gid, *self._offer.owner.groups),
+                    mounts_fd=self._capsule.mount_fd,
                     inherit_fds=restorer.inherited(terminal.keys),
                     shell_job=ids.sid != ids.pid,
                     log_path=str(self._images / "restore.log"),
                     view=self._offer.view,
+                    view_device=self._view_device,
                     session_leader=ids.pid if ids.sid == ids.pid else 0,
                     foreground=terminal.foreground,
                 )

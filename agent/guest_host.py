@@ -173,6 +173,7 @@ class GuestHost:
             self._capsule,
             self._images,
             self._terminal,
+            self._view.device if self._view is not None else 0,
         )
         arrived = arrival.run(call, self._make_ready, self._standstill.let_run)
         log.info("%s: %s resumed here", self._offer.transaction, self._guest)

@@ -59,12 +59,16 @@ class RestoreRequest(msgspec.Struct, frozen=True, tag="restore"):
     uid: int
     """whose every process in the images must be"""
     gids: tuple[int, ...]
-    """of which they may have any"""
+    """of which they may have any; first the user's own"""
+    mounts_fd: int
+    """a handle of the mount namespace that criu is in"""
     inherit_fds: tuple[InheritFd, ...]
     shell_job: bool
     log_path: str
     view: tuple[str, ...] = ()
     """directories of files that may have changed since, by others"""
+    view_device: int = 0
+    """where these lie, as st_dev; 0: on this host"""
     session_leader: int = 0
     """a process in the images that leads its terminal's session"""
     foreground: int = 0
@@ -195,7 +199,7 @@ class CriuCall:
         self._criu_end.close()
         fds = [self._rpc.fileno()]
         if isinstance(request, RestoreRequest):
-            fds.append(request.images_fd)
+            fds += (request.images_fd, request.mounts_fd)
         socket.send_fds(self._channel, [_encode(request)], fds)
         self._rpc.close()
 

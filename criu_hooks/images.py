@@ -1,83 +1,123 @@
 """What images say about rights, checked before CRIU obeys them: they come from another host.
 
-An image file is two u32 magics, then protobuf messages, each after its u32 length (see «Images» in
-CRIU's wiki).
+What the owner could not have of this host by herself is refused; a priority or protection above the
+ordinary, which its own root has given the process elsewhere, is taken away.
 """
 
 from __future__ import annotations
 
-import os
-import struct
-from collections.abc import Iterator
+from dataclasses import dataclass
 
-from pycriu.images import core_pb2
+from criu_hooks import image_kinds as kinds
+from criu_hooks.image_format import Image, ImageError
+from criu_hooks.protobuf_wire import Fields, encode_varint, replace
 
-_U32 = struct.Struct("=I")
-_MAGICS = struct.pack("=II", 0x54564319, 0x55053847)
-"""Common and core. An inventory may ask CRIU to expect the second alone (img_version 1): with the
-first in its place such an image is refused by CRIU instead of read four bytes earlier than here."""
-MAX_MESSAGE_BYTES = 1 << 24
 TASK_DEAD = 2
 """A zombie (compel's task-state.h)."""
+_ORDINARY_POLICIES = (0, 3, 5)
+"""SCHED_OTHER, SCHED_BATCH, SCHED_IDLE"""
+_SCHED_RESET_ON_FORK = 0x40000000
+_RLIMITS_CAPPED = {13: 20, 14: 0}
+"""RLIMIT_NICE and RLIMIT_RTPRIO, to what raises no priority"""
+_NO_LOGIN = 0xFFFFFFFF
+_TC, _THREAD_CORE, _RLIMITS, _LOGINUID, _OOM, _NICE = 3, 5, 8, 13, 14, 3
+"""numbers of fields"""
 
 
-class ImageError(Exception):
-    """An image would give rights that its owner does not have, or cannot be read."""
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """Whose every process must be."""
+
+    uid: int
+    gids: frozenset[int]
+    """of which they may have any"""
+    oom_score_adj: int = 0
+    """the best protection from the kernel's out-of-memory killer that they may have: at most 0 (proc(5))"""
 
 
-def check_rights(directory_fd: int, uid: int, gids: frozenset[int]) -> None:
-    """Every thread in the images has this user's ids, only these groups, and no capabilities.
+def check_task(directory_fd: int, name: str, owner: Owner) -> None:
+    """A thread in the images has this user's ids, only these groups, and no capabilities.
 
     :param directory_fd: of the directory with the images.
-    :raises ImageError: with the first thread that has more.
+    :param name: of its core image.
+    :raises ImageError: it has more.
     """
-    seen = False
-    for name in sorted(os.listdir(directory_fd)):
-        if not name.startswith("core-") or not name.endswith(".img"):
-            continue
-        seen = True
-        for message in _messages(directory_fd, name):
-            try:
-                core = core_pb2.core_entry.FromString(message)
-            except Exception as error:
-                raise ImageError(f"{name} cannot be read") from error
-            _check(name, core, uid, gids)
-    if not seen:
-        raise ImageError("no process is in the images")
+    image = Image.read(directory_fd, name)
+    if not image.messages:
+        raise ImageError(f"{name} is cut off")
+    messages = [_checked(name, message, owner) for message in image.messages]
+    if messages != image.messages:
+        image.messages = messages
+        image.write(directory_fd, name)
 
 
-def _messages(directory_fd: int, name: str) -> Iterator[bytes]:
-    fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory_fd)
-    with open(fd, "rb") as file:
-        if file.read(len(_MAGICS)) != _MAGICS:
-            raise ImageError(f"{name} is no image of a process")
-        while head := file.read(_U32.size):
-            if len(head) < _U32.size:
-                raise ImageError(f"{name} is cut off")
-            size: int = _U32.unpack(head)[0]
-            if size > MAX_MESSAGE_BYTES:
-                raise ImageError(f"{name} is too large")
-            message = file.read(size)
-            if len(message) < size:
-                raise ImageError(f"{name} is cut off")
-            yield message
-
-
-def _check(name: str, core: core_pb2.core_entry, uid: int, gids: frozenset[int]) -> None:
-    if core.tc.task_state == TASK_DEAD:
-        return  # CRIU makes a process that only ends as this one did; it has no owner any more
-    if not core.HasField("thread_core") or not core.thread_core.HasField("creds"):
+def _checked(name: str, message: bytes, owner: Owner) -> bytes:
+    core = kinds.CORE.read(message)
+    task = kinds.TASK_CORE.read(core.blobs.get("tc", b""))
+    thread_data = core.blobs.get("thread_core")
+    if thread_data is None:
+        if task.number("task_state") == TASK_DEAD:
+            return (
+                message  # CRIU makes a process that only ends as it did; it has no owner any more
+            )
         raise ImageError(f"{name} names no owner")
-    creds = core.thread_core.creds
-    if {creds.uid, creds.euid, creds.suid, creds.fsuid} != {uid}:
+    thread = kinds.THREAD_CORE.read(thread_data)
+    if "creds" not in thread.blobs:
+        raise ImageError(f"{name} names no owner")
+    _check_creds(name, kinds.CREDS.read(thread.blobs["creds"]), owner)
+    if task.number("old_seccomp_mode") or thread.number("seccomp_mode"):
+        raise ImageError(f"{name} has a seccomp filter")
+    policy = thread.number("sched_policy") & ~_SCHED_RESET_ON_FORK
+    if policy not in _ORDINARY_POLICIES or thread.number("sched_prio"):
+        raise ImageError(f"{name} has a realtime priority")
+    if thread.number("sched_nice") & 1:  # zigzag: a negative number
+        message = replace(message, _THREAD_CORE, replace(thread_data, _NICE, b"\0"))
+    if "tc" in core.blobs:
+        message = replace(message, _TC, _ordinary(core.blobs["tc"], task, owner))
+    return message
+
+
+def _check_creds(name: str, creds: Fields, owner: Owner) -> None:
+    uids = {creds.numbers.get(field) for field in ("uid", "euid", "suid", "fsuid")}
+    if uids != {owner.uid}:
         raise ImageError(f"{name} belongs to another user than the offer said")
-    if not {creds.gid, creds.egid, creds.sgid, creds.fsgid, *creds.groups} <= gids:
+    gids = {creds.numbers.get(field) for field in ("gid", "egid", "sgid", "fsgid")}
+    if not {*gids, *creds.lists.get("groups", ())} <= owner.gids:
         raise ImageError(f"{name} is in a group that its user is not in")
-    if any(
-        word
-        for words in (creds.cap_inh, creds.cap_prm, creds.cap_eff, creds.cap_amb)
-        for word in words
-    ):
-        raise ImageError(f"{name} has capabilities")
-    if creds.secbits:
+    for field in ("cap_inh", "cap_prm", "cap_eff", "cap_amb"):
+        if any(creds.lists.get(field, ())):
+            raise ImageError(f"{name} has capabilities")
+    if creds.number("secbits"):
         raise ImageError(f"{name} has securebits")
+    if any(creds.blobs.get(field) for field in ("lsm_profile", "lsm_sockcreate", "apparmor_data")):
+        raise ImageError(f"{name} has a security label")
+
+
+def _ordinary(data: bytes, task: Fields, owner: Owner) -> bytes:
+    """A task_core without what its own host's root has added."""
+    if task.numbers.get("loginuid", _NO_LOGIN) not in (owner.uid, _NO_LOGIN):
+        data = replace(data, _LOGINUID, None)
+    if _signed(task.number("oom_score_adj")) < owner.oom_score_adj:
+        data = replace(data, _OOM, encode_varint(owner.oom_score_adj & (1 << 64) - 1))
+    if "rlimits" in task.blobs:
+        data = replace(data, _RLIMITS, _capped(task.blobs["rlimits"]))
+    return data
+
+
+def _capped(data: bytes) -> bytes:
+    limits = kinds.RLIMITS.read(data).blob_lists.get("rlimits", [])
+    out = b""
+    for resource, message in enumerate(limits):
+        if (cap := _RLIMITS_CAPPED.get(resource)) is not None:
+            limit = kinds.RLIMIT.read(message)
+            words = (min(limit.number("cur"), cap), min(limit.number("max"), cap))
+            message = b"".join(
+                encode_varint(number << 3) + encode_varint(word)
+                for number, word in enumerate(words, 1)
+            )
+        out += b"\x0a" + encode_varint(len(message)) + message
+    return out
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >> 63 else value

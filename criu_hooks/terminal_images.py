@@ -12,7 +12,7 @@ import struct
 
 from pycriu.images import tty_pb2
 
-from criu_hooks.images import MAX_MESSAGE_BYTES, ImageError
+from criu_hooks.image_format import MAX_MESSAGE_BYTES, ImageError, take_message
 
 NAME = "tty-info.img"
 _MAGICS_BYTES = 8
@@ -37,7 +37,7 @@ def adopt_terminals(directory_fd: int, session_leader: int, foreground: int) -> 
         rewritten = data[:_MAGICS_BYTES]
         at = _MAGICS_BYTES
         while at < len(data):
-            message, at = _message(data, at)
+            message, at = take_message(data, at, NAME)
             try:
                 entry = tty_pb2.tty_info_entry.FromString(message)
             except Exception as error:
@@ -51,13 +51,3 @@ def adopt_terminals(directory_fd: int, session_leader: int, foreground: int) -> 
         file.seek(0)
         file.truncate()
         file.write(rewritten)
-
-
-def _message(data: bytes, at: int) -> tuple[bytes, int]:
-    if at + _U32.size > len(data):
-        raise ImageError(f"{NAME} is cut off")
-    size: int = _U32.unpack_from(data, at)[0]
-    at += _U32.size
-    if at + size > len(data):
-        raise ImageError(f"{NAME} is cut off")
-    return data[at : at + size], at + size

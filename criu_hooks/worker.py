@@ -7,9 +7,9 @@ here: send one request, answer each NOTIFY, stop at the response.
 
 from __future__ import annotations
 
-import os
 import socket
 import sys
+from contextlib import ExitStack
 
 import msgspec
 from pycriu import rpc_pb2
@@ -26,10 +26,9 @@ from criu_hooks.calls import (
     Request,
     RestoreRequest,
 )
-from criu_hooks.image_files import forget_sizes
-from criu_hooks.images import ImageError, check_rights
+from criu_hooks.image_format import ImageError
+from criu_hooks.image_gate import PRE_RESTORE, ImageGate
 from criu_hooks.log import cause
-from criu_hooks.terminal_images import adopt_terminals
 from criu_hooks.urgency import urgent
 
 LOG_LEVEL = 2
@@ -71,41 +70,51 @@ def _build(request: Request) -> rpc_pb2.criu_req:
 
 
 def _serve(owner: socket.socket) -> Done:
-    data, fds, _, _ = socket.recv_fds(owner, MAX_MESSAGE, 2)
+    data, fds, _, _ = socket.recv_fds(owner, MAX_MESSAGE, 3)
     if not data:
         return Done(ok=True)
     request = msgspec.msgpack.decode(data, type=Request)
-    with socket.socket(fileno=fds[0]) as criu:
-        if isinstance(request, RestoreRequest):
-            try:
-                check_rights(fds[1], request.uid, frozenset(request.gids))
-                forget_sizes(fds[1], request.view)
-                adopt_terminals(fds[1], request.session_leader, request.foreground)
-            except ImageError as error:
-                return Done(False, f"the images were refused: {error}")
-            finally:
-                os.close(fds[1])
-        criu.send(_build(request).SerializeToString())
-        while True:
-            reply = criu.recv(MAX_MESSAGE)
-            if not reply:
-                return Done(False, _reason(request) or "criu was killed")
-            resp = rpc_pb2.criu_resp.FromString(reply)
-            if resp.type != rpc_pb2.NOTIFY:
-                break
-            _tell(owner, Notify(resp.notify.script, resp.notify.pid))
-            answer = owner.recv(MAX_MESSAGE)
-            if not answer:
-                # The owner is gone: closing the RPC socket makes criu undo the call.
-                return Done(False, "the owner of the call was killed")
-            ok = msgspec.msgpack.decode(answer, type=Proceed).ok
-            criu.send(rpc_pb2.criu_req(type=rpc_pb2.NOTIFY, notify_success=ok).SerializeToString())
+    with ExitStack() as stack:
+        criu = stack.enter_context(socket.socket(fileno=fds[0]))
+        if not isinstance(request, RestoreRequest):
+            return _call(owner, criu, request, None)
+        gate = stack.enter_context(ImageGate(request, fds[1], fds[2]))
+        try:
+            gate.read()
+            return _call(owner, criu, request, gate)
+        except ImageError as error:
+            return Done(False, f"the images were refused: {error}")
+
+
+def _call(
+    owner: socket.socket, criu: socket.socket, request: Request, gate: ImageGate | None
+) -> Done:
+    """:raises ImageError: the images were refused."""
+    criu.send(_build(request).SerializeToString())
+    while True:
+        reply = criu.recv(MAX_MESSAGE)
+        if not reply:
+            return Done(False, _reason(request, gate) or "criu was killed")
+        resp = rpc_pb2.criu_resp.FromString(reply)
+        if resp.type != rpc_pb2.NOTIFY:
+            break
+        if gate is not None and resp.notify.script == PRE_RESTORE:
+            gate.check_files()
+        _tell(owner, Notify(resp.notify.script, resp.notify.pid))
+        answer = owner.recv(MAX_MESSAGE)
+        if not answer:
+            # The owner is gone: closing the RPC socket makes criu undo the call.
+            return Done(False, "the owner of the call was killed")
+        ok = msgspec.msgpack.decode(answer, type=Proceed).ok
+        criu.send(rpc_pb2.criu_req(type=rpc_pb2.NOTIFY, notify_success=ok).SerializeToString())
     if resp.success:
         return Done(ok=True)
-    return Done(False, _reason(request) or resp.cr_errmsg or f"errno {resp.cr_errno}")
+    return Done(False, _reason(request, gate) or resp.cr_errmsg or f"errno {resp.cr_errno}")
 
 
-def _reason(request: Request) -> str:
+def _reason(request: Request, gate: ImageGate | None) -> str:
+    if gate is not None:
+        return cause(gate.log())
     if isinstance(request, FeatureRequest):
         return ""
     try:

@@ -5,44 +5,33 @@ import struct
 from pathlib import Path
 
 import pytest
+from criu_images import PID, image, memory, regular, vma, write
 
-pytest.importorskip("pycriu", reason="pycriu comes with Debian's python3-pycriu")
-
-from pycriu.images import fdinfo_pb2, mm_pb2
-
+from criu_hooks import image_kinds as kinds
 from criu_hooks.image_files import forget_sizes
-from criu_hooks.images import ImageError
+from criu_hooks.image_format import ImageError
+from criu_hooks.image_memory import read_memory
 
-FILES = struct.pack("=II", 0x54564319, 0x56303138)
-MM = struct.pack("=II", 0x54564319, 0x57492820)
 SIZE = 4711
+FILE_PRIVATE = 1 << 6
 
 
-def file_entry(number: int, name: str) -> bytes:
-    entry = fdinfo_pb2.file_entry(type=fdinfo_pb2.REG, id=number)
-    entry.reg.id, entry.reg.name, entry.reg.size = number, name, SIZE
-    return bytes(entry.SerializePartialToString())
-
-
-def image(head: bytes, *messages: bytes) -> bytes:
-    return head + b"".join(struct.pack("=I", len(text)) + text for text in messages)
-
-
-def sizes_after(directory: Path) -> dict[str, int | None]:
+def sizes_after(directory: Path, mapped: frozenset[int] = frozenset()) -> dict[str, int | None]:
     """Each file's name in the images, with the size that is left."""
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        forget_sizes(fd, ("/home", "/srv/data"))
+        forget_sizes(fd, ("/home", "/srv/data"), mapped)
     finally:
         os.close(fd)
     data = (directory / "files.img").read_bytes()
-    assert data[:8] == FILES
+    assert data[:8] == image("files.img")
     found = {}
     at = 8
     while at < len(data):
         (size,) = struct.unpack_from("=I", data, at)
-        entry = fdinfo_pb2.file_entry.FromString(data[at + 4 : at + 4 + size])
-        found[entry.reg.name] = entry.reg.size if entry.reg.HasField("size") else None
+        entry = kinds.FILE.read(data[at + 4 : at + 4 + size])
+        file = kinds.REG.read(entry.blobs["reg"])
+        found[file.path("name")] = file.numbers.get("size")
         at += 4 + size
     return found
 
@@ -51,12 +40,9 @@ def test_open_files_of_the_view_lose_their_size_mapped_ones_and_others_keep_it(
     tmp_path: Path,
 ) -> None:
     names = ["/home/log", "/home/mapped", "/home/program", "/usr/lib/x", "/srv/data/a", "/srv/b"]
-    entries = [file_entry(number, name) for number, name in enumerate(names, 1)]
-    (tmp_path / "files.img").write_bytes(image(FILES, *entries))
-    mm = mm_pb2.mm_entry(exe_file_id=3)
-    mm.vmas.add(shmid=2)
-    (tmp_path / "mm-7.img").write_bytes(image(MM, mm.SerializePartialToString()))
-    assert sizes_after(tmp_path) == {
+    entries = [regular(number, name, size=SIZE) for number, name in enumerate(names, 1)]
+    write(tmp_path, "files.img", *entries)
+    assert sizes_after(tmp_path, frozenset({2, 3})) == {
         "/home/log": None,
         "/home/mapped": SIZE,
         "/home/program": SIZE,
@@ -66,8 +52,20 @@ def test_open_files_of_the_view_lose_their_size_mapped_ones_and_others_keep_it(
     }
 
 
+def test_program_and_mappings_are_found(tmp_path: Path) -> None:
+    anonymous = vma(9, 1 << 9)
+    write(tmp_path, f"mm-{PID}.img", memory(3, vma(2, FILE_PRIVATE), anonymous))
+    fd = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        found = read_memory(fd, f"mm-{PID}.img")
+    finally:
+        os.close(fd)
+    assert (found.program, found.accesses) == (3, {2: os.R_OK})
+
+
 @pytest.mark.parametrize("left", [3, 9, 14])
 def test_an_image_that_is_cut_off_is_refused(tmp_path: Path, left: int) -> None:
-    (tmp_path / "files.img").write_bytes(image(FILES, file_entry(1, "/home/log"))[:left])
+    contents = image("files.img", regular(1, "/home/log", size=SIZE))
+    (tmp_path / "files.img").write_bytes(contents[:left])
     with pytest.raises(ImageError):
         sizes_after(tmp_path)
