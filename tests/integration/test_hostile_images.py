@@ -32,7 +32,7 @@ def move_meddled(
     with held(nodes, *point) as holder:
         client = nodes.popen("node1", ["migrate", "-p", str(pid), "-h", "node2"], user="alice")
         try:
-            await_reached(holder)
+            await_reached(holder, client)
             try:
                 meddle()
             finally:
