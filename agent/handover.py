@@ -18,7 +18,7 @@ from agent import peer_messages
 from agent.agents import Agent
 from agent.link import MAX_PACKET, Departed, Failed, Offer, Packet, Progress, ToAgent
 from agent.peer_pool import REFILL_SECONDS
-from agent.peers import RawConnection
+from agent.peers import ConnectionCut, RawConnection
 from agent.this_host import ThisHost
 from migrate import messages
 from migrate.config import Host
@@ -73,18 +73,31 @@ async def handover(
         reason = "works in too many directories"
         raise UserError(f"pid {offer.ids.pid}", reason, "move it before it opens so many")
     opening = [asyncio.create_task(here.peers.raw.take(host, REFILL_SECONDS)) for _ in purposes]
+    connections: list[RawConnection] = []
     try:
-        answer = await here.ask(host, peer_messages.MakeOffer(offer), peer_messages.Accepted)
-        connections = tuple([await task for task in opening])
+        answer = await _make_offer(here, offer, host)
+        for task in opening:
+            connections.append(await here.peers.raw.trusted(await task))
         for connection, purpose in zip(connections, purposes, strict=True):
             connection.begin(purpose, offer.guest)
-        yield Handover(host, answer.boot_id, connections)
+        yield Handover(host, answer.boot_id, tuple(connections))
     finally:
+        for connection in connections:
+            connection.close()
         for task in opening:
             if not task.done():
                 task.cancel()
             elif not task.cancelled() and task.exception() is None:
                 task.result().close()
+
+
+async def _make_offer(here: ThisHost, offer: Offer, host: Host) -> peer_messages.Accepted:
+    question = peer_messages.MakeOffer(offer)
+    try:
+        return await here.ask(host, question, peer_messages.Accepted)
+    except ConnectionCut:
+        # The host has restarted since it was last heard of. The same offer made twice is one.
+        return await here.ask(host, question, peer_messages.Accepted)
 
 
 async def _follow(queue: asyncio.Queue[Packet | None], tell: Tell) -> Departed:

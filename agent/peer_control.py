@@ -22,9 +22,10 @@ from agent.control_frame import (
     encode_control,
 )
 from agent.peer_dial import Line, connect_tcp, dial
-from agent.peer_errors import AnswerLost, PeerUnreachable
+from agent.peer_errors import AnswerLost, ConnectionCut, PeerUnreachable
 from agent.peer_hello import Hello
 from agent.peer_identity import DEFAULT_IDENTITY, DEFAULT_PATIENCE, Identity, Patience
+from agent.wire import nothing
 from migrate.config import Host
 from migrate.errors import MigrateError
 from migrate.framing import FrameDecoder, FrameError, FrameTooLarge, encode_frame
@@ -49,12 +50,15 @@ class ControlConnection:
         patience: Patience = DEFAULT_PATIENCE,
         *,
         connect: Connect = connect_tcp,
+        on_lost: Callable[[], None] = nothing,
     ) -> None:
+        """:param on_lost: called when a connection that stood is lost."""
         self.peer = peer
         self._own = own
         self._identity = identity
         self._patience = patience
         self._connect = connect
+        self._on_lost = on_lost
         self._link: _Link | None = None
         self._linking: asyncio.Task[_Link] | None = None
         self._begun = 0.0
@@ -133,7 +137,7 @@ class ControlConnection:
         name = self.peer.name
         line = await _in_thread(f"dial-{name}", blocking, Line.close)
         log.info("host %s: connected", name)
-        return _Link(name, line, self._patience)
+        return _Link(name, line, self._patience, self._on_lost)
 
     def _made(self, task: "asyncio.Task[_Link]") -> None:
         self._linking = None
@@ -150,12 +154,15 @@ class ControlConnection:
 class _Link:
     """One connection that stands, until `lost` says why it does not any more."""
 
-    def __init__(self, peer: str, line: Line, patience: Patience) -> None:
+    def __init__(
+        self, peer: str, line: Line, patience: Patience, on_lost: Callable[[], None]
+    ) -> None:
         self.hello = line.hello
         self.lost: MigrateError | None = None
         self._peer = peer
         self._line = line
         self._patience = patience
+        self._on_lost = on_lost
         self._loop = asyncio.get_running_loop()
         self._decoder = FrameDecoder()
         self._outgoing: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
@@ -186,6 +193,7 @@ class _Link:
         self.lost = error
         self._timer.cancel()
         log.info("%s", error)
+        self._on_lost()
         for answer in self._waiting.values():
             if not answer.done():
                 answer.set_exception(error)
@@ -195,6 +203,9 @@ class _Link:
 
     def _lose(self, reason: str) -> None:
         self.lose(AnswerLost(f"host {self._peer}", reason))
+
+    def _cut(self, reason: str) -> None:
+        self.lose(ConnectionCut(f"host {self._peer}", reason))
 
     def _send(self, frame: ControlFrame) -> None:
         self._outgoing.put(encode_frame(encode_control(frame)))
@@ -239,7 +250,7 @@ class _Link:
         with suppress(OSError):
             while data := self._line.channel.recv(_READ_BYTES):
                 self._tell(self._received, data)
-        self._tell(self._lose, "the connection was lost")
+        self._tell(self._cut, "the connection was lost")
 
     def _write(self) -> None:
         """A thread's: frames from the loop to the channel."""
@@ -247,7 +258,7 @@ class _Link:
             while (data := self._outgoing.get()) is not None:
                 self._line.channel.sendall(data)
         except (OSError, EOFError):  # paramiko raises both.
-            self._tell(self._lose, "the connection was lost")
+            self._tell(self._cut, "the connection was lost")
 
     def _tell(self, what: Callable[[T], None], about: T) -> None:
         with suppress(RuntimeError):  # The loop has ended, and nobody waits any more.

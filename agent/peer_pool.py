@@ -59,6 +59,7 @@ class RawPool:
         self._handshakes: dict[Host, asyncio.Semaphore] = {}
         self._filling: dict[Host, asyncio.Task[None]] = {}
         self._expiry: dict[Host, asyncio.TimerHandle] = {}
+        self._lost_at: dict[Host, float] = {}
         self._children: dict[int, RawConnection] = {}
         self._closed = False
 
@@ -79,6 +80,19 @@ class RawPool:
         else:
             self.prepare(peer)
         return connection
+
+    def distrust(self, peer: Host) -> None:
+        """Another connection with this peer was lost: those made before may be dead, and not know it."""
+        if not self._closed:
+            self._lost_at[peer] = asyncio.get_running_loop().time()
+            self._drop(peer)
+
+    async def trusted(self, connection: RawConnection) -> RawConnection:
+        """It, or a new one in its place if it is not to be trusted any more. Errors as `take`."""
+        if connection.made_at > self._lost_at.get(connection.peer, 0.0):
+            return connection
+        connection.close()
+        return await self.open(connection.peer)
 
     def prepare(self, peer: Host) -> None:
         """See to it, in the background, that there will be spares for this peer."""
@@ -220,6 +234,7 @@ class RawPool:
                 raise connection.failure()
             check_answer(payload, connection.peer.name)
             connection.greeted = True
+            connection.made_at = asyncio.get_running_loop().time()
         finally:
             stream.release()
 

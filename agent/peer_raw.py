@@ -70,6 +70,8 @@ class RawConnection:
         self.ended = asyncio.Event()
         """Set when ssh has ended and is reaped."""
         self.told_to_end = False
+        self.made_at = 0.0
+        """When it was greeted, in the loop's time."""
         self.greeted = False
         """Whether the peer's migd has answered on it."""
         self._fd_err = fd_err

@@ -5,7 +5,7 @@ comes in), peer_hello (the first words of each).
 """
 
 from agent.peer_control import ControlConnection
-from agent.peer_errors import AnswerLost, PeerUnreachable
+from agent.peer_errors import AnswerLost, ConnectionCut, PeerUnreachable
 from agent.peer_hello import Hello, own_hello
 from agent.peer_identity import DEFAULT_IDENTITY, DEFAULT_PATIENCE, Identity, Patience
 from agent.peer_pool import RawPool
@@ -16,6 +16,7 @@ from migrate.config import Host
 __all__ = [
     "AnswerLost",
     "Bounds",
+    "ConnectionCut",
     "ControlConnection",
     "Hello",
     "Identity",
@@ -61,7 +62,13 @@ class Peers:
             return known
         if known is not None:
             known.close()
-        made = ControlConnection(peer, self._own, self._identity, self._patience)
+        made = ControlConnection(
+            peer,
+            self._own,
+            self._identity,
+            self._patience,
+            on_lost=lambda: self.raw.distrust(peer),
+        )
         self._controls[peer.name] = made
         return made
 

@@ -93,12 +93,15 @@ class Questions:
 
     def _take_in(self, offer: Offer, peer: str) -> peer_messages.Accepted:
         here = self._here
+        known = here.agents.find("keeper", offer.guest)
+        if known is not None and known.offer == offer and offer.source == peer:
+            return peer_messages.Accepted(here.boot_id)  # its last answer was lost
         judge(offer, peer, here.config, here.criu_version)
         if offer.home != here.name:
             here.load.host.check_offer(offer.priority, chosen=offer.chosen)
         if not offer.guest.replace("-", "").isalnum() or not offer.transaction.isalnum():
             raise PeerError("offer", "its names are malformed")
-        if here.agents.find("keeper", offer.guest) is not None:
+        if known is not None:
             raise PeerError(f"host {here.name}", "that guest is here already")
         here.journal.record(Entry.begin(offer, Side.DESTINATION, peer))
         place = "local" if offer.home == here.name else "remote"

@@ -92,6 +92,16 @@ def test_a_process_moves_right_after_a_cut_has_healed(desk: Desk) -> None:
     ends_well(desk, shell)
 
 
+def test_a_process_moves_right_after_its_destination_has_restarted(desk: Desk) -> None:
+    """All connections with it are dead, and nobody has said so: it was switched off."""
+    shell, pid = guest(desk)
+    desk.move(pid, "node1")
+    desk.nodes.kill("node2")
+    desk.nodes.boot("node2")
+    desk.move(pid, "node2")
+    ends_well(desk, shell)
+
+
 def test_a_guest_that_was_killed_at_home_during_a_cut_dies_when_it_heals(desk: Desk) -> None:
     shell, pid = guest(desk)
     desk.nodes.cut("node2")

@@ -247,6 +247,26 @@ def test_a_raw_connection_outlives_both_migds(tmp_path: Path) -> None:
     process.wait(5)
 
 
+def test_connections_from_before_a_loss_are_not_used(tmp_path: Path) -> None:
+    """ssh does not know for a long time that the host at its other end has been switched off."""
+
+    async def run() -> None:
+        async with serving(Node2(tmp_path)) as node, closing(node.pool()) as pool:
+            taken = await pool.take(PEER)
+            while not pool._spares.get(PEER):
+                await asyncio.sleep(0)
+            (spare,) = pool._spares[PEER]
+            pool.distrust(PEER)
+            assert spare.told_to_end
+            fresh = await pool.trusted(taken)
+            assert fresh is not taken
+            assert taken.told_to_end
+            assert await pool.trusted(fresh) is fresh
+            fresh.close()
+
+    asyncio.run(run())
+
+
 def test_a_connection_that_breaks_in_use_is_not_one_never_made(tmp_path: Path) -> None:
     async def run() -> None:
         node = Node2(tmp_path)
