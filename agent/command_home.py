@@ -9,6 +9,7 @@ import os
 import select
 import socket
 import stat
+import termios
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,10 +19,13 @@ from agent.endpoints import End, FdSink, FdSource, PeekSource
 from agent.file_source import FileSource
 from agent.fresh_tree import HomeFile
 from agent.home_line import HomeLine
+from agent.home_terminal import in_foreground, sharers
 from agent.journal import Entry, Journal, Side, State
 from agent.limits import parse_limits
 from agent.link import StartCommand
 from agent.reactor import READ, Reactor
+from agent.terminal import TERMINAL_WINDOW
+from agent.terminal_mode import Mode, Size
 from agent.waiting import wait_until
 from agent.wire import WINDOW
 from criu_hooks.proc import ProcDir, parse_stat, parse_status
@@ -32,7 +36,8 @@ PREPARE_SECONDS = 40.0
 LINE_BYTES = 512
 _MEMORY_MAJOR = 1
 _DEVICES = {3: "/dev/null", 5: "/dev/zero", 7: "/dev/full", 8: "/dev/random", 9: "/dev/urandom"}
-_PTS_MAJORS = range(136, 144)
+_OWN_TERMINAL = (5, 0)
+"""/dev/tty"""
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 _OPEN_FLAGS = os.O_ACCMODE | os.O_APPEND
 
@@ -57,6 +62,10 @@ class CommandHome:
         self._client_gone = False
         self._pipes: list[guestwords.CommandPipe] = []
         self._devices: list[guestwords.CommandDevice] = []
+        self._terminal_fd = -1
+        self._terminal_numbers: list[int] = []
+        self.in_front = False
+        """it had the terminal when it began"""
         reactor.register(self._client.fileno(), READ, self._client_stirs)
 
     # ------------------------------------------------------------------ before the start
@@ -128,6 +137,7 @@ class CommandHome:
                 umask=status.umask,
                 nice=nice,
                 low=self._start.low,
+                terminal=self._describe_terminal(),
             )
         journal.record(dataclasses.replace(entry, state=State.RESUMED))
         starting = Reply("starting", self._start.destination, str(deputy_socket), str(program))
@@ -158,8 +168,9 @@ class CommandHome:
         self._let_client_go()
         for end in (*self.sinks, *self.sources):
             end.close()
-        for fd in (*self._stdio, self._complaints):
-            os.close(fd)
+        for fd in (*self._stdio, self._complaints, self.release_terminal()):
+            if fd >= 0:
+                os.close(fd)
         self._stdio = []
 
     # ------------------------------------------------------------------ inside
@@ -201,6 +212,7 @@ class CommandHome:
     def _lay_out(self, line: HomeLine) -> None:
         """Which descriptor becomes what at the far end. Streams must be open before it may use them."""
         groups: list[list[int]] = []
+        terminals = self._open_terminal(line)
         for number, fd in enumerate(self._stdio):
             status = os.fstat(fd)
             if stat.S_ISDIR(status.st_mode):
@@ -213,12 +225,12 @@ class CommandHome:
                     device = guestwords.CommandDevice(number, path, flags & _OPEN_FLAGS)  # type: ignore[arg-type]
                     self._devices.append(device)
                     continue
-                if number == 0 and major in _PTS_MAJORS:
-                    raise UserError(
-                        "stdin",
-                        "is a terminal, and those do not travel yet",
-                        "take it from a file or pipe",
-                    )
+                if (major, minor) in terminals:
+                    self._terminal_numbers.append(number)
+                    continue
+                if number == 0 and os.isatty(fd):
+                    reason = "is a terminal that is not the controlling one of its session"
+                    raise UserError("stdin", reason, "take it from a file or pipe")
             if number == 2 and groups and groups[-1][0] == 1 and _same(self._stdio[1], fd):
                 groups[-1].append(2)
             else:
@@ -226,6 +238,39 @@ class CommandHome:
         for stream, numbers in enumerate(groups, guestwords.FIRST_PIPE_STREAM):
             line.lifeline.open(stream)
             self._pipes.append(guestwords.CommandPipe(stream, numbers[0] > 0, tuple(numbers)))
+
+    def _open_terminal(self, line: HomeLine) -> tuple[tuple[int, int], ...]:
+        """:returns: the device numbers by which it may be open."""
+        offered = self._start.offer.terminal
+        if offered is None:
+            return ()
+        flags = os.O_RDWR | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+        try:
+            self._terminal_fd = os.open(f"/dev/pts/{offered.index}", flags)
+        except OSError as error:
+            raise UserError("terminal", f"cannot be opened: {error.strerror}") from None
+        line.lifeline.open(guestwords.TERMINAL_STREAM, TERMINAL_WINDOW)
+        device = os.fstat(self._terminal_fd).st_rdev
+        return (os.major(device), os.minor(device)), _OWN_TERMINAL
+
+    def _describe_terminal(self) -> guestwords.CommandTerminal | None:
+        if self._terminal_fd < 0:
+            return None
+        self.in_front = in_foreground(self.pid) and not sharers(self.pid)[1]
+        try:
+            return guestwords.CommandTerminal(
+                Size.of(self._terminal_fd),
+                Mode.of(self._terminal_fd),
+                tuple(self._terminal_numbers),
+                self.in_front,
+            )
+        except termios.error as error:
+            raise UserError("terminal", str(error)) from None
+
+    def release_terminal(self) -> int:
+        """Its descriptor, the caller's from now on; -1 if there is none."""
+        fd, self._terminal_fd = self._terminal_fd, -1
+        return fd
 
     def _connect(self, line: HomeLine, on_closed: Callable[[list[int]], None]) -> None:
         for pipe in self._pipes:

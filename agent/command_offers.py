@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import pwd
 import secrets
+from pathlib import Path
 
 import msgspec
 
 from agent.command_server import Client, reply
 from agent.handover import handover
 from agent.home_paths import Used, system_files, view_directories
-from agent.link import Offer, Owner, StartCommand, TreeIds
+from agent.link import Offer, OfferedTerminal, Owner, StartCommand, TreeIds
 from agent.peers import AnswerLost
 from agent.programs import programs_here
 from agent.selection import choose
 from agent.this_host import ThisHost
 from criu_hooks.proc import ProcDir, Stat, parse_stat, parse_status
+from criu_hooks.tree import pts_index
 from migrate.command_wire import Reply, Request
 from migrate.config import Config, Host
 from migrate.errors import MigrateError, PeerError, UserError
@@ -147,5 +150,20 @@ def _make_offer(here: ThisHost, request: Request, client: Client) -> tuple[Offer
         is_command=True,
         priority=_priority(request),
         programs=programs_here(),
+        terminal=_terminal_of(client.pid, stat),
         files=system_files(used, view),
     ), stat
+
+
+def _terminal_of(pid: int, stat: Stat) -> OfferedTerminal | None:
+    """The client's controlling terminal, if its name means the same to us."""
+    index = pts_index(stat.tty_nr)
+    if index is None or not _in_our_files(pid):
+        return None
+    return OfferedTerminal(index, controlling=True)
+
+
+def _in_our_files(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/ns/mnt").stat().st_ino == Path("/proc/self/ns/mnt").stat().st_ino
+    return False

@@ -25,7 +25,9 @@ from agent.limits import stricter
 from agent.link import Offer, StreamPipe
 from agent.reactor import READ, Reactor
 from agent.session import spawn_in_session
+from agent.terminal import FarTerminal
 from agent.waiting import wait_for
+from agent.wire import nothing
 from migrate.command_wire import Command
 from migrate.errors import HostError, MigrateError
 
@@ -62,8 +64,17 @@ class Running:
 class CommandStart:
     """One attempt to execute one command."""
 
-    def __init__(self, reactor: Reactor, offer: Offer, capsule: Capsule, tree: Cgroup) -> None:
+    def __init__(
+        self,
+        reactor: Reactor,
+        offer: Offer,
+        capsule: Capsule,
+        tree: Cgroup,
+        terminal: FarTerminal | None,
+    ) -> None:
+        """:param terminal: the controlling one of the command's session."""
         self._reactor = reactor
+        self._terminal = terminal
         self._offer = offer
         self._capsule = capsule
         self._tree = tree
@@ -85,7 +96,9 @@ class CommandStart:
                 listed, ours, end = self._make_pipe(pipe.stream, pipe.outgoing)
                 running.pipes[pipe.stream], running.fds[pipe.stream] = listed, ours
                 theirs.update(dict.fromkeys(pipe.numbers, end))
-            child = _Child(self._offer, self._capsule, begin, command, theirs, writing)
+            child = _Child(
+                self._offer, self._capsule, begin, command, theirs, writing, self._terminal
+            )
 
             def spawn(fork: Callable[[], int]) -> int:
                 pid = fork()
@@ -94,11 +107,13 @@ class CommandStart:
                 return pid
 
             ids = self._offer.ids
-            _, holders = spawn_in_session(ids, spawn, self._reactor, ids.pid, cgroup)
+            lead = self._terminal.lead if self._terminal is not None else nothing
+            _, holders = spawn_in_session(ids, spawn, self._reactor, ids.pid, cgroup, lead)
+            if self._terminal is not None:
+                holders = ()  # with the leader of its session the terminal would be hung up
             os.close(writing)
             writing = -1
             self._await_word(reading)
-            # They have copies of the pipe that shall close at the exec.
             _bury(holders)
             holders = ()
             self._await_exec(reading)
@@ -149,6 +164,7 @@ class _Child:
         command: Command,
         stdio: dict[int, int],
         report: int,
+        terminal: FarTerminal | None,
     ) -> None:
         self._offer = offer
         self._capsule = capsule
@@ -156,6 +172,7 @@ class _Child:
         self._command = command
         self._stdio = stdio
         self._report = report
+        self._terminal = terminal
 
     def become(self) -> NoReturn:
         """The command; or tell why not, and end."""
@@ -171,11 +188,16 @@ class _Child:
 
     def _try(self) -> Failure:
         ids, owner, begin = self._offer.ids, self._offer.owner, self._begin
+        self._reset_signals()
         if ids.sid == ids.pid:
             os.setsid()
+            if self._terminal is not None:
+                self._terminal.lead()
         elif ids.pgid == ids.pid:
             os.setpgid(0, 0)
         os.write(self._report, _JOINED)
+        if self._terminal is not None and begin.terminal is not None and begin.terminal.in_front:
+            self._terminal.set_foreground(os.getpgrp())
         self._capsule.enter()
         self._take_stdio()
         if begin.low:
@@ -193,13 +215,13 @@ class _Child:
             os.chdir(begin.cwd)
         except OSError as error:
             return Failure(125, begin.cwd, f"not to be entered: {error.strerror}")
-        self._reset_signals()
         environment = {
             name: value
             for name, equals, value in (e.partition(b"=") for e in self._command.environment)
             if equals
         }
         environment[b"MIGRATE_HOST"] = begin.host.encode()
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
         return execute(self._command.file, self._command.arguments, environment)
 
     def _take_stdio(self) -> None:
@@ -209,6 +231,11 @@ class _Child:
             high[device.number] = fcntl.fcntl(
                 os.open(device.path, device.flags | os.O_NOCTTY), fcntl.F_DUPFD, 10
             )
+        if self._terminal is not None and self._begin.terminal is not None:
+            # Opened in here: its name is then one that the command can find.
+            fd = os.open(self._terminal.path, os.O_RDWR | os.O_NOCTTY)
+            copy = fcntl.fcntl(fd, fcntl.F_DUPFD, 10)
+            high.update(dict.fromkeys(self._begin.terminal.numbers, copy))
         self._report = fcntl.fcntl(self._report, fcntl.F_DUPFD_CLOEXEC, 10)
         for number in _STDIO:
             if number in high:
@@ -225,13 +252,14 @@ class _Child:
                 resource.setrlimit(limit.resource, (stricter(limit.soft, hard), hard))
 
     def _reset_signals(self) -> None:
+        """Those for the command wait until it is executed."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         signal.set_wakeup_fd(-1)
         ignored = set(self._command.ignored_signals)
         for number in signal.valid_signals():
             if number not in (signal.SIGKILL, signal.SIGSTOP):
                 action = signal.SIG_IGN if number in ignored else signal.SIG_DFL
                 signal.signal(number, action)
-        signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 
 def _bury(processes: Iterable[int]) -> None:

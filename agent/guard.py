@@ -229,6 +229,7 @@ class Guard:
                 FAREWELL_SECONDS,
             )
             return False
+        self._stand_at_terminal(line, command.pid, command.release_terminal(), command.in_front)
         self._reactor.watch_pid(command.pid, self._deputy_ended)
         self._watch_state()
         return True
@@ -253,15 +254,8 @@ class Guard:
     def _connect_streams(self, tree: FreshTree) -> None:
         assert self._line is not None
         if tree.terminal is not None:
-            self._terminal = HomeTerminal(
-                self._reactor,
-                self._line.lifeline.open(guestwords.TERMINAL_STREAM, TERMINAL_WINDOW),
-                tree.terminal.release(),
-                tree.pid,
-                self._to_keeper,
-                lambda: self._line is not None and self._line.lifeline.up,
-            )
-            self._terminal.start(in_front=tree.terminal.in_front)
+            fd = tree.terminal.release()
+            self._stand_at_terminal(self._line, tree.pid, fd, tree.terminal.in_front)
         for pipe in tree.pipe_list:
             stream = self._line.lifeline.open(pipe.stream)
             fd = tree.pipes.pop(pipe.stream)
@@ -274,6 +268,19 @@ class Guard:
                 self._sinks.append(FdSink(self._reactor, stream.receiver, fd, on_end=over))
             else:
                 self._sources.append(PeekSource(self._reactor, stream.sender, fd, on_end=over))
+
+    def _stand_at_terminal(self, line: HomeLine, deputy: int, fd: int, in_front: bool) -> None:
+        if fd < 0:
+            return
+        self._terminal = HomeTerminal(
+            self._reactor,
+            line.lifeline.open(guestwords.TERMINAL_STREAM, TERMINAL_WINDOW),
+            fd,
+            deputy,
+            self._to_keeper,
+            lambda: self._line is not None and self._line.lifeline.up,
+        )
+        self._terminal.start(in_front=in_front)
 
     def _close_at_deputy(self, fds: list[int]) -> None:
         """The guest has closed these, or nobody reads them: home's others must see that."""
@@ -431,7 +438,7 @@ class Guard:
                 self._set_offsets(offsets)
                 if self._terminal is not None:
                     if self._terminal.wanted(number):
-                        self._to_keeper(guestwords.Signal(signal.SIGCONT))
+                        self._to_keeper(guestwords.Signal(signal.SIGCONT, group=True))
                         return
                     self._terminal.left(left)
                 self._guest_stopped = number
@@ -455,8 +462,14 @@ class Guard:
     ) -> None:
         command.heard(word)
         if isinstance(word, guestwords.NotStarted) and self._listener is not None:
-            command.complain(str(MigrateError(word.what, word.reason, word.remedy)))
+            self._complain(command, str(MigrateError(word.what, word.reason, word.remedy)))
             self._end_deputy(word.status)
+
+    def _complain(self, command: CommandHome, text: str) -> None:
+        """At its end: in a terminal that is as the command found it."""
+        if self._terminal is not None:
+            self._terminal.left(None)
+        command.complain(text)
 
     def _follow_guest(self, line: HomeLine, started: guestwords.Started) -> None:
         """The guest runs with its next keeper: streams and unheard signals go there."""
@@ -558,7 +571,7 @@ class Guard:
         else:
             log.warning("%s: lost: %s", self._guest, reason)
             if self._command is not None:
-                self._command.complain(lost_line(host))
+                self._complain(self._command, lost_line(host))
             self._end_deputy(LOST_EXIT_CODE)
 
     def _line_to(self, host: str) -> HomeLine | None:

@@ -228,8 +228,7 @@ class GuestHost:
     def _connect_pipes(self) -> None:
         assert self._lifeline is not None
         if self._terminal is not None:
-            stream = self._lifeline.open(guestwords.TERMINAL_STREAM, TERMINAL_WINDOW)
-            self._terminal.connect(self._reactor, stream)
+            self._connect_terminal(self._terminal)
         for number, listed in self._listed.items():
             stream = self._lifeline.open(number)
             fd = self._fds[number]
@@ -237,6 +236,11 @@ class GuestHost:
                 self._sources[number] = FdSource(self._reactor, stream.sender, fd, private=True)
             else:
                 self._sinks[number] = MeteredSink(self._reactor, stream.receiver, fd)
+
+    def _connect_terminal(self, terminal: FarTerminal) -> None:
+        assert self._lifeline is not None
+        stream = self._lifeline.open(guestwords.TERMINAL_STREAM, TERMINAL_WINDOW)
+        terminal.connect(self._reactor, stream)
 
     def _go_on(self, positions: tuple[guestwords.StreamPosition, ...]) -> None:
         """Home's answer to *started*: streams of the last keeper go on here."""
@@ -322,13 +326,14 @@ class GuestHost:
             self._offer.transaction, Side.DESTINATION, State.RESUMED, after=State.OFFERED
         ):
             raise HostError("journal", "the command was given up meanwhile")
-        start = CommandStart(self._reactor, self._offer, self._capsule, self._tree)
+        start = CommandStart(self._reactor, self._offer, self._capsule, self._tree, self._terminal)
         started = start.run(self._begin, command)
         self._listed, self._fds = started.pipes, started.fds
         self._to_guard(guestwords.Started(self._offer.epoch))
         self._connected_pipes = True
         self._connect_pipes()
         self._born = True
+        self._lifeline.mux.retry_messages()
         self._standstill.let_run()
         self._reap()
 
@@ -592,14 +597,16 @@ class GuestHost:
             word = guestwords.decode_for_keeper(message)
         except MALFORMED as error:
             raise ProtocolError(f"a message that makes no sense: {error}") from None
+        if self._waits_for_birth(word):
+            return False
         match word:
             case guestwords.Signal(number, value, group):
                 if self._exit_code is not None or not 1 <= number <= 64:
                     return True
-                if group:
-                    self._signal_group(number)
                 with contextlib.suppress(ProcessLookupError):
-                    if value is None:
+                    if group:
+                        self._signal_group(number)
+                    elif value is None:
                         os.kill(root, number)
                     else:
                         syscalls.queue_signal(root, number, value)
@@ -608,6 +615,9 @@ class GuestHost:
                     if self._lifeline is not None:
                         self._lifeline.open(pipe.stream)
                 self._begin = word
+                if self._terminal is not None and word.terminal is not None:
+                    self._terminal.begin(word.terminal)
+                    self._connect_terminal(self._terminal)
             case guestwords.Kill():
                 self._kill()
             case guestwords.GoOn(positions):
@@ -615,6 +625,11 @@ class GuestHost:
             case _ if self._terminal is not None:
                 self._terminal.obey(word, self._offer.ids.pgid)
         return True
+
+    def _waits_for_birth(self, word: guestwords.ToKeeper) -> bool:
+        """Signals and keys for a command wait until there is somebody who gets them."""
+        early = isinstance(word, guestwords.Begin | guestwords.Kill)
+        return self._offer.is_command and not self._born and not early
 
     def _kill(self) -> None:
         """What happened to the deputy happens to the root alone, as at home."""
@@ -632,14 +647,18 @@ class GuestHost:
             self._duplex.close()
 
     def _signal_group(self, number: int) -> None:
-        """All of the root's group but the root. The keeper may be in it too: so not by killpg."""
+        """:raises ProcessLookupError: the root is gone."""
         root = self._offer.ids.pid
-        with contextlib.suppress(ProcessLookupError):
-            group = os.getpgid(root)
-            for pid in self._tree.pids() - {root}:
-                with contextlib.suppress(ProcessLookupError):
-                    if os.getpgid(pid) == group:
-                        os.kill(pid, number)
+        group = os.getpgid(root)
+        if group != os.getpgrp():
+            # At once: of those who go on, one may stop the others again.
+            os.killpg(group, number)
+            return
+        os.kill(root, number)
+        for pid in self._tree.pids() - {root}:
+            with contextlib.suppress(ProcessLookupError):
+                if os.getpgid(pid) == group:
+                    os.kill(pid, number)
 
     def _cut(self, reason: PeerError) -> None:
         """Cut off is not dead, but a guest must not run on unseen for ever (invariant 7)."""

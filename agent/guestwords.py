@@ -131,6 +131,17 @@ class Limit(msgspec.Struct, frozen=True, array_like=True):
     hard: int
 
 
+class CommandTerminal(msgspec.Struct, frozen=True, array_like=True):
+    """The controlling terminal of a command, as home's is."""
+
+    size: Size
+    mode: Mode
+    numbers: tuple[Annotated[int, msgspec.Meta(ge=0, le=2)], ...]
+    """of stdio, which are this terminal"""
+    in_front: bool
+    """the command's group is in the foreground"""
+
+
 class Begin(msgspec.Struct, frozen=True, tag="begin"):
     """guard → keeper: execute the command, which COMMAND_STREAM has brought."""
 
@@ -143,6 +154,7 @@ class Begin(msgspec.Struct, frozen=True, tag="begin"):
     umask: int
     nice: int
     low: bool
+    terminal: CommandTerminal | None = None
 
 
 class Prepared(msgspec.Struct, frozen=True, tag="prepared"):

@@ -126,6 +126,8 @@ class HomeTerminal:
         """
         if in_front and in_foreground(self._deputy):
             self._take(far_mode=None, in_front=False)
+        elif in_front:
+            self._send(guestwords.YieldTerminal())
         self._tick()
 
     def wanted(self, signal_number: int) -> bool:

@@ -63,7 +63,7 @@ def _outlive(child: int) -> NoReturn:
     """Lead the session until the child has ended, and end as it did (1 if there is none)."""
     try:
         # The view must end with the child, so nobody else may hold its socket.
-        os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+        _close_all()
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         os._exit(min(abs(status), 255))
     finally:
@@ -129,6 +129,7 @@ def _hold(pid: int, become: Callable[[], None], reactor: Reactor) -> int:
         try:
             become()
             os.write(writing, b".")
+            _close_all()
             while True:
                 signal.pause()
         finally:
@@ -156,6 +157,7 @@ def _lead(
         if ids.pgid not in (ids.pid, ids.sid):
             group = fork_with_pid(ids.pgid, sibling=True)
             if group == 0:
+                _close_all()
                 os.setpgid(0, 0)
                 while True:
                     signal.pause()
@@ -169,7 +171,13 @@ def _lead(
 
         criu = spawn(fork)
         os.write(writing, _PIDS.pack(criu, group))
+        _close_all()
         while True:
             signal.pause()
     finally:
         os._exit(1)
+
+
+def _close_all() -> None:
+    """All but stdio: a process that only holds a number must hold nothing else."""
+    os.closerange(3, os.sysconf("SC_OPEN_MAX"))

@@ -8,7 +8,7 @@ Life of one, for `migrate -p` and for commands that are started here alike:
    what is forked later has it as its controlling terminal.
 3. CRIU gets the slave in place of home's terminal: `path` inside the capsule. Then, while all is
    frozen still, `restore(state)`: what waited elsewhere waits here, and the foreground is home's.
-   (A command that starts here: `TerminalState()` with the group and nothing else.)
+   (A command that starts here: `begin` instead, and the command itself takes the foreground.)
 4. `connect` joins it to its stream of the lifeline: keys come in, output goes out.
 5. Home's words about it (agent/guestwords.py): `obey`. When the guest stops or ends: `leave`, and
    tell home once `settled`. At a hop: `hand_over`, or `take_back` after a failure.
@@ -96,6 +96,8 @@ class FarTerminal:
         self._keys: _Keys | None = None
         self._stream: Stream | None = None
         self._state = TerminalState()
+        self._front = 0
+        """the group that had it before it went into the background"""
         self._mark: int | None = None
         """end of the output whose arrival is waited for"""
 
@@ -128,7 +130,17 @@ class FarTerminal:
             os.tcsetpgrp(self.slave, group)
 
     def _into_background(self) -> None:
+        foreground = self.foreground
+        if foreground != os.getsid(0):
+            self._front = foreground
         self.set_foreground(os.getsid(0))
+
+    def _into_foreground(self, group: int) -> None:
+        """Whoever had it last, else this group: what runs in a shell there, or the shell."""
+        if self.foreground in (0, os.getsid(0)):
+            self.set_foreground(group)
+            if self._front:
+                self.set_foreground(self._front)
 
     @contextlib.contextmanager
     def _readable_for_us(self) -> Iterator[None]:
@@ -153,8 +165,16 @@ class FarTerminal:
         else:
             self._into_background()
 
+    def begin(self, wanted: guestwords.CommandTerminal) -> None:
+        """Nobody has used it yet: make it what home's is."""
+        with contextlib.suppress(OSError, termios.error):
+            wanted.mode.apply(self.slave)
+            wanted.size.apply(self.master)
+
     def connect(self, reactor: Reactor, stream: Stream) -> None:
-        """From now on bytes go to and fro."""
+        """From now on bytes go to and fro. No effect the second time."""
+        if self._keys is not None:
+            return
         self._stream = stream
         self._output = FdSource(reactor, stream.sender, os.dup(self.master), private=True)
         self._keys = _Keys(reactor, stream.receiver, os.dup(self.master))
@@ -201,7 +221,7 @@ class FarTerminal:
             put_waiting(self.slave, word.waiting)
         self.resize(word.size)
         if word.in_front:
-            self.set_foreground(group)
+            self._into_foreground(group)
         self._keys.skip_to = max(self._keys.skip_to, word.skip_to)
         self._keys.go()
 

@@ -52,11 +52,14 @@ class Words:
         :param arguments: the command with its arguments; empty: a shell.
         :param file: what to execute instead of arguments[0].
         """
-        self.given = tuple(arguments)
-        self.arguments = self.given or (os.environ.get("SHELL") or "/bin/sh",)
         self.host = host
         self.host_id = host_id
-        self.file = file or self.arguments[0]
+        if arguments:
+            self.arguments = tuple(arguments)
+            self.file = file or arguments[0]
+        else:
+            self.file = os.environ.get("SHELL") or "/bin/sh"
+            self.arguments = ("-" + self.file.rpartition("/")[2],)  # so a shell logs in
         self.background = background
         self.low = low
         self.local = local

@@ -42,7 +42,7 @@ def plain_command(words: Sequence[str]) -> Words | None:
                 values[_VALUES[letter]], letters = letters or rest.pop(0), ""
             else:
                 return None
-    if not rest or not all(values.values()):
+    if not all(values.values()) or ("file" in values and not rest):
         return None
     return Words(
         arguments=rest,
