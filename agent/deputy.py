@@ -106,21 +106,25 @@ class Deputy:
         """Serve for ever, whatever happens to the connection."""
         while True:
             try:
-                if self.guard is None:
-                    self.connect()
                 if not self.ready:
                     self.take_pending()
+                if self.guard is None:
+                    self.connect()
                 self.serve()
             except Exception:
                 # Whatever it was: an end of this process would be taken for the guest's.
                 self.disconnect()
 
     def take_pending(self) -> None:
-        """Read what is pending already. A timer's last signal would swallow one that is sent later."""
-        poll = select.poll()
-        poll.register(self.signals, select.POLLIN)
-        while len(self.unanswered) < UNANSWERED_LIMIT and poll.poll(0):
-            self.report(Signal(posix.read(self.signals, SIGNAL_RECORD)))
+        """Read what is pending already, before anybody hears that the deputy stands: a timer's last signal would
+        swallow one that is sent later. Without poll(2), which says that it stands (agent/injection.py)."""
+        posix.set_blocking(self.signals, False)
+        try:
+            while len(self.unanswered) < UNANSWERED_LIMIT:
+                self.report(Signal(posix.read(self.signals, SIGNAL_RECORD)))
+        except BlockingIOError:
+            pass
+        posix.set_blocking(self.signals, True)
         self.ready = True
 
     def connect(self) -> None:

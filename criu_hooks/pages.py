@@ -32,6 +32,9 @@ _MAGIC_COMMON = 0x54564319
 _MAGIC_PAGEMAP = 0x56084025
 
 MAX_IMAGES = 100_000
+MAX_PAGEMAP_BYTES = 1 << 26
+"""Of one image; kept in memory until it is whole."""
+ADDRESS_SPACE = 1 << 64
 
 
 class PageStreamError(Exception):
@@ -212,6 +215,10 @@ class PageImageWriter:
             raise PageStreamError("pages for an image that is not open")
         if header.flags & ~_KNOWN_FLAGS or not 0 < header.pages < 1 << 40:
             raise PageStreamError("unknown page flags")
+        if header.address % PAGE_SIZE or header.address + header.pages * PAGE_SIZE > ADDRESS_SPACE:
+            raise PageStreamError(f"no pages can be at {header.address:#x}")
+        if len(self._pagemap) > MAX_PAGEMAP_BYTES:
+            raise PageStreamError(f"{self._pagemap_name} is too large")
         self._pagemap += _message(
             (1, header.address),
             (2, header.pages & 0xFFFFFFFF),

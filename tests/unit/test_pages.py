@@ -220,6 +220,27 @@ def test_no_pages_and_more_pages_than_any_memory_has_are_refused(
 
 
 @pytest.mark.parametrize(
+    ("address", "count"),
+    [(1, 1), (PAGE_SIZE // 2, 1), ((1 << 64) - PAGE_SIZE, 2)],
+)
+def test_pages_lie_where_memory_can_be(tmp_path: Path, address: int, count: int) -> None:
+    stream = iov(OPEN2, to=destination(5)) + iov(ADD_F, PRESENT, count, address, destination(5))
+    with pytest.raises(PageStreamError, match=f"no pages can be at {address:#x}"):
+        write_in_pieces(tmp_path, [stream])
+
+
+def test_what_is_said_of_pages_without_sending_them_is_limited(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pages, "MAX_PAGEMAP_BYTES", 1000)
+    empty = iov(ADD_F, IN_PARENT, 1, 0x1000, destination(5))
+    (tmp_path / "few").mkdir()
+    write_in_pieces(tmp_path / "few", [iov(OPEN2, to=destination(5)) + empty * 10 + iov(CLOSE)])
+    with pytest.raises(PageStreamError, match="too large"):
+        write_in_pieces(tmp_path, [iov(OPEN2, to=destination(5)) + empty * 1000])
+
+
+@pytest.mark.parametrize(
     "to", [0, destination(5, 0), destination(5, 3), destination(5, 11), destination(1 << 32)]
 )
 def test_unknown_destinations_are_refused(tmp_path: Path, to: int) -> None:
