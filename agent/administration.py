@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 from agent.journal import Entry, Side, State
 from agent.settling import Settling
@@ -14,8 +15,11 @@ from migrate.errors import MigrateError
 HISTORY_LIMIT = 1000
 
 
-def list_guests(here: ThisHost, caller_uid: int) -> messages.Guests:
-    """What is away or a guest here: to root everything, to others what is theirs."""
+def list_guests(here: ThisHost, caller_uid: int, evicted: Callable[[str], str]) -> messages.Guests:
+    """What is away or a guest here: to root everything, to others what is theirs.
+
+    :param evicted: guest → why it is to leave this host; "" if it is not.
+    """
     rows = []
     for entry in here.journal.in_state(State.BEGUN, State.COMMITTED, State.OFFERED, State.RESUMED):
         if caller_uid not in (0, entry.uid) or entry.boot_id != here.boot_id:
@@ -31,9 +35,17 @@ def list_guests(here: ThisHost, caller_uid: int) -> messages.Guests:
             State.OFFERED: "arriving",
             State.RESUMED: _whereabouts(here, entry),
         }[entry.state]
+        reason = evicted(entry.guest) if where == here.name else ""
         rows.append(
             messages.GuestRow(
-                entry.pid, entry.user, entry.home, where, entry.since, state, entry.command
+                entry.pid,
+                entry.user,
+                entry.home,
+                where,
+                entry.since,
+                f"evicted: {reason}" if reason else state,
+                entry.command,
+                entry.priority,
             )
         )
     return messages.Guests(tuple(rows))

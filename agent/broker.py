@@ -128,7 +128,7 @@ class Broker:
 
     def list_guests(self, caller_uid: int) -> messages.Guests:
         """What `migctl ps` shows to this user."""
-        return administration.list_guests(self._here, caller_uid)
+        return administration.list_guests(self._here, caller_uid, self._eviction.reason)
 
     def history(self, caller_uid: int, count: int) -> messages.History:
         """What `migctl log` shows to this user."""

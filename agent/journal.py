@@ -5,6 +5,7 @@ Written by migd, guards and keepers, each with its own connection. A row is neve
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import sqlite3
 import time
@@ -62,6 +63,8 @@ class Entry:
     since: float
     """seconds since the epoch"""
     boot_id: str
+    priority: int = 1
+    """as migrate.mig_messages.Priority"""
 
     @classmethod
     def begin(
@@ -92,6 +95,7 @@ class Entry:
             reason=offer.reason,
             since=time.time(),
             boot_id=boot_id(),
+            priority=offer.priority,
         )
 
 
@@ -101,12 +105,13 @@ CREATE TABLE IF NOT EXISTS migration (
     peer TEXT NOT NULL, peer_boot_id TEXT NOT NULL, home TEXT NOT NULL, pid INTEGER NOT NULL,
     starttime_ticks INTEGER NOT NULL, user TEXT NOT NULL, uid INTEGER NOT NULL, command TEXT NOT NULL,
     origin_cgroup TEXT NOT NULL, reason TEXT NOT NULL, since REAL NOT NULL, boot_id TEXT NOT NULL,
+    priority INTEGER NOT NULL DEFAULT 1,
     PRIMARY KEY (id, side)
 )
 """
 _COLUMNS = (
     "id, side, state, guest, peer, peer_boot_id, home, pid, starttime_ticks, user, uid, command,"
-    " origin_cgroup, reason, since, boot_id"
+    " origin_cgroup, reason, since, boot_id, priority"
 )
 _NEXT = {
     State.BEGUN: {State.COMMITTED, State.ABORTED},
@@ -127,6 +132,7 @@ class Journal:
         self._db.execute("PRAGMA journal_mode=WAL")
         self._db.execute("PRAGMA synchronous=FULL")
         self._db.execute(_SCHEMA)
+        self._add_what_is_new()
         self._boot_id = boot_id()
 
     def __enter__(self) -> Self:
@@ -147,7 +153,7 @@ class Journal:
     def record(self, entry: Entry) -> None:
         """Write a new migration down."""
         self._db.execute(
-            f"INSERT INTO migration ({_COLUMNS}) VALUES ({', '.join('?' * 16)})",
+            f"INSERT INTO migration ({_COLUMNS}) VALUES ({', '.join('?' * 17)})",
             (
                 entry.transaction,
                 entry.side,
@@ -165,8 +171,18 @@ class Journal:
                 entry.reason,
                 entry.since,
                 self._boot_id,
+                entry.priority,
             ),
         )
+
+    def _add_what_is_new(self) -> None:
+        """A journal of an earlier version may lack a column."""
+        present = [row[1] for row in self._db.execute("PRAGMA table_info(migration)")]
+        if "priority" not in present:
+            with contextlib.suppress(sqlite3.OperationalError):  # somebody else has just done it
+                self._db.execute(
+                    "ALTER TABLE migration ADD COLUMN priority INTEGER NOT NULL DEFAULT 1"
+                )
 
     def move(
         self, transaction: str, side: Side, state: State, *, after: State, reason: str = ""

@@ -32,6 +32,9 @@ OnChange = Callable[[], None]
 OnActive = Callable[[str], None]
 T = TypeVar("T")
 
+AWAIT_SECONDS = 10.0
+"""Less than a client waits for any answer."""
+
 
 class LoadHost:
     """Samples in the running loop, from `start` to `close`."""
@@ -67,6 +70,7 @@ class LoadHost:
         self._guests: Guests = ()
         self._task: asyncio.Task[None] | None = None
         self._look_now = asyncio.Event()
+        self._coming_and_going = asyncio.Event()
         self._owner_came = -math.inf
         """when it was last known that the owner is here, input apart; by the monotonic clock"""
         self._complained = False
@@ -163,6 +167,7 @@ class LoadHost:
 
     def guests_changed(self) -> None:
         """A guest has come or gone."""
+        self._coming_and_going.set()
         if self._sample is not None and self._count_guests() != self._guests:
             self._judge()
 
@@ -197,6 +202,15 @@ class LoadHost:
             raise HostError(
                 str(self._blocked_file), f"cannot be written: {error.strerror}", "it holds for now"
             ) from None
+
+    async def await_gone(self) -> int:
+        """Return when there are no guests, or after some seconds. :return: how many there are."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(AWAIT_SECONDS):
+                while self._count_guests():
+                    self._coming_and_going.clear()
+                    await self._coming_and_going.wait()
+        return sum(guest.count for guest in self._count_guests())
 
     def bring(self) -> None:
         """Undo `block`."""

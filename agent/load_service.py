@@ -150,9 +150,14 @@ class LoadService:
             reply = self._own(client.uid, request)
         except MigrateError as error:
             return failure(error)
+        if isinstance(request, mig.AwaitGone):
+            return self._await_gone()
         if reply is None:
             reply = self.member.call_now(client, request)
         return self.member.call(client, request) if reply is None else reply
+
+    async def _await_gone(self) -> mig.Reply:
+        return mig.Done(await self.host.await_gone())
 
     def leave(self, client: Client) -> None:
         """It has gone."""
@@ -183,6 +188,11 @@ class LoadService:
                 self._require_owner(uid, "block it")
                 self.host.block(reason or "blocked by its owner")
                 return mig.Done()
+            case mig.Expel(reason):
+                self._require_owner(uid, "send its guests away")
+                reason = reason or f"{_name_of(uid) or uid} wants it empty"
+                self.host.block(reason)
+                return mig.Done(self._evict(None, reason))
             case mig.Bring():
                 self._require_owner(uid, "open it")
                 self.host.bring()

@@ -132,6 +132,21 @@ def block(
 
 
 @app.command()
+def expel(
+    reason: Annotated[str, typer.Option(help="Shown to those who ask why.")] = "",
+    wait: Annotated[bool, typer.Option("--wait", help="Return when they are gone.")] = False,
+) -> None:
+    """Let this host take no more guests, and send those that are here home."""
+    from migrate import mig
+    from migrate.loadavg import evicted
+    from migrate.mig_messages import AwaitGone, Expel
+
+    _say(evicted(mig.default().command(Expel(reason))))
+    while wait and mig.default().command(AwaitGone()):
+        pass
+
+
+@app.command()
 def bring() -> None:
     """Let this host take guests again."""
     from migrate import mig

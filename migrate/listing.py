@@ -8,7 +8,12 @@ from collections.abc import Iterable, Iterator
 from migrate.messages import GuestRow
 from migrate.pids import format_pid
 
-_TITLES = ("PID", "USER", "HOME", "WHERE", "SINCE", "STATE", "COMMAND")
+_TITLES = ("PID", "USER", "HOME", "WHERE", "SINCE", "PRIORITY", "STATE", "COMMAND")
+_PRIORITIES = ("low", "normal", "high")
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def table(rows: Iterable[GuestRow], for_people: bool) -> Iterator[str]:
@@ -20,8 +25,9 @@ def table(rows: Iterable[GuestRow], for_people: bool) -> Iterator[str]:
             row.home,
             row.where,
             time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(row.since)),
-            row.state,
-            "".join(c if c.isprintable() else "?" for c in row.command),
+            _PRIORITIES[row.priority] if 0 <= row.priority < 3 else str(row.priority),
+            _printable(row.state),
+            _printable(row.command),
         )
         for row in rows
     ]

@@ -34,12 +34,16 @@ def loadavg(
     if delete is not None:
         mig.delete_host(delete)
     elif send_away:
-        count = mig.evict()
-        sys.stdout.write(f"Evicted {count} foreign process{'' if count == 1 else 'es'}.\n")
+        sys.stdout.write(f"{evicted(mig.evict())}\n")
     elif everyone:
         _show(mig.get_all_info(), json)
     else:
         _show([mig.get_info()], json)
+
+
+def evicted(count: int) -> str:
+    """Sprite's words."""
+    return f"Evicted {count} foreign process{'' if count == 1 else 'es'}."
 
 
 def _show(hosts: list[HostInfo], json: bool) -> None:

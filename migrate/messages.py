@@ -90,7 +90,10 @@ class GuestRow(msgspec.Struct, frozen=True):
     since: float
     """seconds since the epoch"""
     state: str
+    """with the reason, if it is evicted"""
     command: str
+    priority: int = 1
+    """as migrate.mig_messages.Priority"""
 
 
 class Guests(msgspec.Struct, frozen=True, tag="guests"):

@@ -238,9 +238,16 @@ class Mig:
         """
         return self._call(messages.Evict(), messages.Done).count
 
-    def command(self, request: messages.SetLimits | messages.Block | messages.Bring) -> None:
-        """What `migctl set`, `block` and `bring` say to this host's migd."""
-        self._call(request, messages.Done)
+    def command(
+        self,
+        request: messages.SetLimits
+        | messages.Block
+        | messages.Bring
+        | messages.Expel
+        | messages.AwaitGone,
+    ) -> int:
+        """What `migctl` says to this host's migd. :return: of guests, where it is about those."""
+        return self._call(request, messages.Done).count
 
     # ------------------------------------------------------------------ events
 

@@ -180,7 +180,18 @@ class Block(msgspec.Struct, frozen=True, tag="block"):
 
 
 class Bring(msgspec.Struct, frozen=True, tag="bring"):
-    """Undo Block."""
+    """Undo Block and Expel."""
+
+
+class Expel(msgspec.Struct, frozen=True, tag="expel"):
+    """Block, and send the guests that are here home."""
+
+    reason: Word = ""
+
+
+class AwaitGone(msgspec.Struct, frozen=True, tag="await-gone"):
+    """Are there guests here? Answered with their number: at once if it is 0, else as soon as it is,
+    or after some seconds."""
 
 
 Request = (
@@ -197,6 +208,8 @@ Request = (
     | SetLimits
     | Block
     | Bring
+    | Expel
+    | AwaitGone
 )
 
 # ---------------------------------------------------------------------- replies

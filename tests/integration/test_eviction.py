@@ -22,6 +22,10 @@ def is_home(nodes: Nodes, pid: int) -> bool:
     return guests_at(nodes, "node1") == {pid} and not guests_at(nodes, "node2")
 
 
+def listed(nodes: Nodes, node: str) -> str:
+    return nodes.exec(node, ["migctl", "ps"]).stdout
+
+
 def runs_on(desk: Desk, shell: Shell, status: int = 7) -> None:
     """What was evicted goes on as if nothing had happened, and comes to its end."""
     desk.grows("out")
@@ -69,6 +73,23 @@ def test_a_guest_whose_home_is_cut_off_waits_frozen_until_it_is_back(
     # The next migd knows that it is to go.
     nodes.crash_migd("node2")
     assert told_to_freeze(nodes, "node2", pid)
+    until(lambda: f"{pid:#x}\talice" in listed(nodes, "node2"), "migctl ps lists it")
+    assert "\tnormal\tevicted: root asked for it\tpython3 counter.py 7" in listed(nodes, "node2")
     nodes.heal("node1")
     until(lambda: is_home(nodes, pid), "the guest is home", 60)
+    runs_on(desk, shell)
+
+
+def test_expel_empties_a_host_for_good(desk: Desk, nodes: Nodes, guest: tuple[Shell, int]) -> None:
+    shell, pid = guest
+    told = nodes.exec("node2", ["migctl", "expel"], user="alice", check=False)
+    assert told.status != 0 and "only root and its owners" in told.stderr
+    told = nodes.exec("node2", ["migctl", "expel", "--wait", "--reason", "repairs"])
+    try:
+        assert told.stdout == "Evicted 1 foreign process.\n"
+        assert is_home(nodes, pid)
+        assert "repairs" in desk.migrate("-p", str(pid), "-h", "node2").stderr
+    finally:
+        nodes.exec("node2", ["migctl", "bring"])
+    desk.move(pid, "node2")
     runs_on(desk, shell)

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 from moving import Desk, guests_at, until
@@ -272,17 +273,22 @@ def test_a_host_closes_and_opens_by_its_load_with_hysteresis(
     desk.grows("out")
     desk.migrate("-p", str(pid), check=True)
     assert guests_at(nodes, "node2") == {pid}
-    desk.enough()
-    assert shell.status() == 0
     quiet("node3", "0.9 0 0")
     quiet("node2", "0 0 3.1")
     becomes(nodes, "node2", "ACTIVE")
+    # Who was welcome is so no longer.
+    until(lambda: not guests_at(nodes, "node2"), "the guest has left")
+    assert guests_at(nodes, "node1") == {pid}
+    desk.enough()
+    assert shell.status() == 0
     assert states(nodes)["node3"] == "ACTIVE", "it opens only below .75"
     quiet("node3", "0.7 0 0")
     becomes(nodes, "node3", "IDLE")
 
 
-def test_input_at_a_terminal_makes_a_host_active(nodes: Nodes) -> None:
+def test_input_at_a_terminal_makes_a_host_active_and_sends_guests_home(
+    nodes: Nodes, desk: Desk
+) -> None:
     terminal = nodes.popen("node2", ["sh", "-c", "tty; cat"], tty=True, stdin=subprocess.PIPE)
     assert terminal.stdout is not None
     name = terminal.stdout.readline().decode().strip()
@@ -292,8 +298,15 @@ def test_input_at_a_terminal_makes_a_host_active(nodes: Nodes) -> None:
         becomes(nodes, "node2", "IDLE")
         idle = hosts(nodes)["node2"]["idle_seconds"]
         assert isinstance(idle, float) and idle > 3000
+        shell, pid = desk.job("python3 counter.py 0 >out")
+        desk.grows("out")
+        desk.move(pid, "node2")
         nodes.exec("node2", ["touch", "-a", name])
         becomes(nodes, "node2", "ACTIVE")
+        until(lambda: not guests_at(nodes, "node2"), "the guest has left")
+        assert guests_at(nodes, "node1") == {pid}
+        desk.enough()
+        assert shell.status() == 0
     finally:
         terminal.terminate()
         terminal.wait(30)
@@ -349,6 +362,29 @@ def migd_pid(nodes: Nodes, node: str) -> str:
     return nodes.sh(node, "pgrep -o -f bin/migd")
 
 
+@contextmanager
+def lost(nodes: Nodes, leader: str, how: str) -> Iterator[None]:
+    """The central daemon is lost to the others until the block ends."""
+    pid = migd_pid(nodes, leader)
+    match how:
+        case "killed":
+            nodes.node(leader).stop_service("migd")
+        case "hung":
+            nodes.exec(leader, ["kill", "-STOP", pid])
+        case _:
+            nodes.cut(leader)
+    try:
+        yield
+    finally:
+        match how:
+            case "killed":
+                nodes.node(leader).start_service("migd")
+            case "hung":
+                nodes.exec(leader, ["kill", "-CONT", pid])
+            case _:
+                nodes.heal(leader)
+
+
 @pytest.mark.parametrize("how", ["killed", "hung", "cut off"])
 def test_when_the_central_daemon_is_lost_another_takes_over(
     nodes: Nodes, client: Callable[..., Client], how: str
@@ -360,14 +396,7 @@ def test_when_the_central_daemon_is_lost_another_takes_over(
     until(lambda: free(nodes, here), "all hosts are free")
     assert there in one.hosts(2)
     one.do(f"m.return_hosts(['{leader}'])")
-    match how:
-        case "killed":
-            nodes.node(leader).stop_service("migd")
-        case "hung":
-            nodes.exec(leader, ["kill", "-STOP", migd_pid(nodes, leader)])
-        case _:
-            nodes.cut(leader)
-    try:
+    with lost(nodes, leader, how):
         until(lambda: central(nodes, here) in (here, there), "another leads")
         until(lambda: central(nodes, there) == central(nodes, here), "all follow it")
         assert stats(nodes, here, "term") > term
@@ -375,17 +404,32 @@ def test_when_the_central_daemon_is_lost_another_takes_over(
         until(lambda: claims(nodes, here)[there] == 1, "the new one knows that")
         one.do("m.return_hosts()")
         assert one.hosts(1), "it works on"
-    finally:
-        match how:
-            case "killed":
-                nodes.node(leader).start_service("migd")
-            case "hung":
-                nodes.exec(leader, ["kill", "-CONT", migd_pid(nodes, leader)])
-            case _:
-                nodes.heal(leader)
     # The old one steps down.
     until(lambda: central(nodes, leader) in (here, there), "the old one follows", 60)
     until(lambda: all_up(nodes), "all hosts are known again", 60)
+
+
+@pytest.mark.parametrize("how", ["hung", "cut off"])
+def test_an_eviction_needs_no_central_daemon(nodes: Nodes, how: str) -> None:
+    leader = central(nodes)
+    home, host = (node for node in nodes.names if node != leader)
+    desk = Desk(nodes, f"evicted{how[0]}", home=home)
+    desk.set_up()
+    try:
+        shell, pid = desk.job("python3 counter.py 0 >out")
+        desk.grows("out")
+        desk.move(pid, host)
+        with lost(nodes, leader, how):
+            nodes.exec(host, ["evict"])
+            until(lambda: not guests_at(nodes, host), "the guest has left", 60)
+            assert guests_at(nodes, home) == {pid}
+            desk.grows("out")
+            desk.enough()
+            assert shell.status() == 0
+            assert desk.count().unbroken
+    finally:
+        nodes.restore()
+        desk.remove()
 
 
 def stats(nodes: Nodes, node: str, name: str) -> int:

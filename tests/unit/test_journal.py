@@ -256,3 +256,25 @@ def test_no_text_is_taken_for_sql(journal: Journal) -> None:
     found = journal.find(nasty, Side.SOURCE)
     assert found is not None
     assert (found.command, found.reason) == (nasty, '"')
+
+
+def test_a_journal_of_an_earlier_version_is_read_on(path: Path) -> None:
+    with Journal(path) as first:
+        first.record(ENTRY)
+    with sqlite3.connect(path) as old:
+        old.execute("ALTER TABLE migration DROP COLUMN priority")
+    old.close()
+    with Journal(path) as journal:
+        journal.record(replace(ENTRY, transaction="t2", priority=0))
+        assert [entry.priority for entry in journal.in_state(State.BEGUN)] == [1, 0]
+
+
+def test_a_reason_stays_until_there_is_another(journal: Journal) -> None:
+    journal.record(replace(ENTRY, reason="evicted"))
+    journal.move("t1", Side.SOURCE, State.COMMITTED, after=State.BEGUN)
+    journal.move("t1", Side.SOURCE, State.RESUMED, after=State.COMMITTED)
+    found = journal.find("t1", Side.SOURCE)
+    assert found is not None and found.reason == "evicted"
+    journal.move("t1", Side.SOURCE, State.ENDED, after=State.RESUMED, reason="gone")
+    found = journal.find("t1", Side.SOURCE)
+    assert found is not None and found.reason == "gone"

@@ -233,6 +233,10 @@ def test_block_and_bring_and_evict(host1: Host1, mig: Mig) -> None:
     who = pwd.getpwuid(os.getuid()).pw_name
     assert host1.evicted == [(None, f"{who} asked for it")]
     assert mig.get_info().state is HostState.ACTIVE, "its owner is there"
+    assert mig.command(messages.Expel("backup")) == 3
+    assert host1.evicted[1:] == [(None, "backup")]
+    assert mig.get_info().state is HostState.REFUSES
+    assert mig.command(messages.AwaitGone()) == 0
 
 
 def test_thresholds_that_contradict_each_other_are_refused(mig: Mig) -> None:
