@@ -108,6 +108,41 @@ def test_what_cannot_be_run_is_one_line_and_its_code(desk: Desk, failure: str) -
     assert lines[1] == str(status)
 
 
+ACCOUNTS = {
+    "/^alice:/d": "has no account alice",
+    "s/^alice:x:1001/alice:x:1999/": "uid 1999 there, but 1001 at home",
+}
+
+
+@pytest.mark.parametrize("change", ACCOUNTS)
+def test_a_host_where_the_user_is_not_known(desk: Desk, change: str) -> None:
+    desk.nodes.sh("node2", 'cp /etc/passwd /etc/passwd.kept; sed -i "$1" /etc/passwd', change)
+    try:
+        lines = said(desk, "migrate -h node2 true 2>&1 </dev/null; echo $?")
+    finally:
+        desk.nodes.sh("node2", "mv /etc/passwd.kept /etc/passwd")
+    assert len(lines) == 2
+    assert ACCOUNTS[change] in lines[0]
+    assert lines[1] == "125"
+
+
+def test_a_working_directory_that_is_gone(desk: Desk) -> None:
+    lines = said(desk, "mkdir gone; cd gone; rmdir ../gone; migrate -h node2 true 2>&1; echo $?")
+    assert lines == ["migrate: working directory: does not exist any more; cd to another", "125"]
+
+
+def test_programs_and_directories_that_only_home_has(desk: Desk) -> None:
+    lines = said(
+        desk,
+        "mkdir -p only/here; cd only/here; cp /bin/sh mine; printf '#!./mine\\necho script $0 at $PWD' >it\n"
+        "chmod +x it; migrate -h node2 ./it </dev/null; PATH=$PWD:$PATH migrate -h node2 it </dev/null",
+    )
+    assert lines == [
+        f"script ./it at {desk.directory}/only/here",
+        f"script {desk.directory}/only/here/it at {desk.directory}/only/here",
+    ]
+
+
 # ---------------------------------------------------------------------- options
 
 
