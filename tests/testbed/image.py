@@ -69,7 +69,15 @@ for program in migrate migctl migd loadavg rup evict joingroup showgroup resetgr
     ln -s /opt/migrate/bin/$program /usr/local/bin/$program
 done
 """
-SOURCES = ("pyproject.toml", "README.md", "migrate", "agent", "criu_hooks")
+SOURCES = (
+    "pyproject.toml",
+    "README.md",
+    "migrate",
+    "agent",
+    "criu_hooks",
+    "completion",
+    "docs/migrate.1",
+)
 
 
 @dataclass(frozen=True)
@@ -163,6 +171,7 @@ def _product(base: Path, dependencies: Path) -> Path:
         checkout = scratch / "checkout"
         checkout.mkdir()
         for name in SOURCES:
+            (checkout / name).parent.mkdir(exist_ok=True)
             if (CHECKOUT / name).is_dir():
                 ignored = shutil.ignore_patterns("__pycache__")
                 shutil.copytree(CHECKOUT / name, checkout / name, ignore=ignored)
