@@ -18,6 +18,7 @@ from testbed.lifecycle import Testbed
 
 from bench.contestants import Bare, ByHand, Contestant, Move, Ours, repeat, warm_up
 from bench.errors import BenchFailed
+from bench.eviction import eviction_rows
 from bench.load_speed import central_rows, client_rows
 from bench.memory import Footprint, extra_of_move, migd_cpu_ms, resting
 from bench.report import Report, Row, Series, size_name
@@ -118,6 +119,11 @@ def _memory(nodes: Nodes, report: Report, size: int) -> None:
     ]
 
 
+def _eviction(nodes: Nodes, report: Report) -> None:
+    _progress("eviction")
+    report.rows += eviction_rows(nodes)
+
+
 def _load_database(nodes: Nodes, report: Report) -> None:
     _progress("the load database")
     report.rows += client_rows(nodes)
@@ -145,6 +151,7 @@ def main() -> None:
             warm_up(nodes)
             _speed(nodes, report, sizes, given.moves)
             _memory(nodes, report, sizes[-1])
+            _eviction(nodes, report)
             _load_database(nodes, report)
     except (BenchFailed, CommandFailed, TestbedError) as error:
         sys.exit(f"bench: {error}")

@@ -120,6 +120,12 @@ class Ticker:
         pairs = pairwise(times)
         return max(after - before for before, after in pairs if after > since) * 1000
 
+    def ran_again(self, since: float) -> float:
+        """When the longest silence after `since` was over; both on the monotonic clock, in seconds."""
+        with self._changed:
+            times = [at for at in self._times if at >= since]
+        return max(pairwise(times), key=lambda pair: pair[1] - pair[0])[1]
+
     def close(self) -> None:
         """End it wherever it is: nobody reads its lines any more, it dies of SIGPIPE."""
         if self.writing_end < 0:
