@@ -739,6 +739,10 @@ class GuestHost:
                 self._attach_lifeline(*fds)
             case StartDeparture() if self._hop is None and len(fds) == 2:
                 self._hop = (packet, fds)
+            case StartDeparture(offer):
+                close_all(fds)
+                reason, remedy = "is being moved already", "wait for that to end"
+                link.send(Failed(offer.transaction, f"guest {self._guest}", reason, remedy))
             case Verdict(resumed):
                 self._verdict = resumed
             case Hold(reason):

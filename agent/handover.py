@@ -16,7 +16,7 @@ import msgspec
 
 from agent import peer_messages
 from agent.agents import Agent
-from agent.link import MAX_PACKET, Departed, Failed, Offer, Packet, Progress, ToAgent
+from agent.link import MAX_PACKET, Departed, Failed, Offer, Packet, Progress, StartDeparture
 from agent.peer_pool import REFILL_SECONDS
 from agent.peers import ConnectionCut, RawConnection
 from agent.this_host import ThisHost
@@ -42,7 +42,7 @@ class Handover:
     """of the destination"""
     connections: tuple[RawConnection, ...]
 
-    async def drive(self, agent: Agent, order: ToAgent, tell: Tell) -> Departed:
+    async def drive(self, agent: Agent, order: StartDeparture, tell: Tell) -> Departed:
         """Give the connections to a guard or keeper with its order, and follow it to the end.
 
         :raises MigrateError: it did not move, or is in doubt.
@@ -55,7 +55,7 @@ class Handover:
                 raise HostError(agent.role, "was killed; the process runs on here", "try again")
             for connection in self.connections:
                 connection.detach()
-            return await _follow(queue, tell)
+            return await _follow(queue, order.offer.transaction, tell)
         finally:
             agent.waiting.remove(queue)
 
@@ -100,12 +100,13 @@ async def _make_offer(here: ThisHost, offer: Offer, host: Host) -> peer_messages
         return await here.ask(host, question, peer_messages.Accepted)
 
 
-async def _follow(queue: asyncio.Queue[Packet | None], tell: Tell) -> Departed:
+async def _follow(queue: asyncio.Queue[Packet | None], transaction: str, tell: Tell) -> Departed:
+    """:raises MigrateError: this move has failed. A hop of before a restart of migd may end meanwhile."""
     while True:
         match await queue.get():
             case Progress(step, sent_bytes, at_ms):
                 await tell(messages.Progress(step, sent_bytes, at_ms))
-            case Departed() as departed:
+            case Departed() as departed if departed.transaction == transaction:
                 log.info(
                     "%s: moved to %s, frozen %.0f ms, %d bytes",
                     departed.transaction,
@@ -114,10 +115,10 @@ async def _follow(queue: asyncio.Queue[Packet | None], tell: Tell) -> Departed:
                     departed.sent_bytes,
                 )
                 return departed
-            case Failed(in_doubt=True) as failed:
+            case Failed(in_doubt=True) as failed if failed.transaction == transaction:
                 # No PeerError: it may run there, so no other host may be tried instead.
                 raise HostError(failed.what, failed.reason, failed.remedy)
-            case Failed() as failed:
+            case Failed() as failed if failed.transaction == transaction:
                 raise PeerError(failed.what, failed.reason, failed.remedy)
             case None:
                 raise HostError("guard", "was killed; the process runs on here", "try again")

@@ -16,11 +16,11 @@ from agent.handover import Tell, handover, tell_nobody
 from agent.home_paths import system_files, used_by
 from agent.hosting import cpu_features
 from agent.inspection import inspect_guest
-from agent.journal import Entry
+from agent.journal import Entry, Side, State
 from agent.link import Offer, Packet, Progress, StartDeparture
 from agent.peers import AnswerLost
 from agent.selection import choose, named_host
-from agent.this_host import ThisHost, guest_gone
+from agent.this_host import ThisHost, guest_gone, in_doubt
 from migrate import messages
 from migrate.config import Host
 from migrate.errors import HostError, PeerError, UserError
@@ -137,6 +137,10 @@ async def _hop(
         raise guest_gone(guest)
     if host.name == here.name:
         raise UserError(f"guest {guest}", f"runs on {here.name} already")
+    for entry in here.journal.in_state(State.COMMITTED):
+        if entry.guest == guest and entry.side is Side.SOURCE:
+            # Home connects with one host more than the guest may be on, not with two.
+            raise in_doubt(entry)
     tree = await asyncio.to_thread(inspect_guest, keeper.offer, here.config, held=bool(reason))
     offer = msgspec.structs.replace(
         keeper.offer,

@@ -15,10 +15,10 @@ from agent.cgroups import Cgroup, guest_path
 from agent.fresh_tree import put_back
 from agent.journal import Entry, Side, State
 from agent.link import Verdict
-from agent.this_host import RETRY_SECONDS, ThisHost
+from agent.this_host import RETRY_SECONDS, ThisHost, in_doubt
 from criu_hooks.proc import pid_starttime
 from migrate import paths
-from migrate.errors import HostError, MigrateError, PeerError
+from migrate.errors import MigrateError, PeerError
 
 log = logging.getLogger(__name__)
 
@@ -177,9 +177,7 @@ class Settling:
             with contextlib.suppress(OSError, MigrateError):
                 starttime = pid_starttime(pid)
             if starttime == entry.starttime_ticks:
-                raise HostError(
-                    f"pid {pid}", f"its move to {entry.peer} is in doubt", "see `migctl recover`"
-                )
+                raise in_doubt(entry)
 
     async def settle(self, entry: Entry) -> None:
         """Ask the destination for its record until it answers, or an administrator has decided."""

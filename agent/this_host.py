@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from agent import peer_messages
 from agent.agents import Agent, Agents, OnEnd, OnPacket
-from agent.journal import Journal
+from agent.journal import Entry, Journal
 from agent.link import EndGuest
 from agent.load_host import count_guests
 from agent.load_report import Guests
@@ -146,6 +146,12 @@ class ThisHost:
         keeper = self.agents.find("keeper", guest)
         if keeper is not None:
             keeper.link.send(EndGuest(reason))
+
+
+def in_doubt(entry: Entry) -> HostError:
+    """The error for what stands frozen until it is known whether it runs elsewhere."""
+    reason = f"its move to {entry.peer} is in doubt"
+    return HostError(f"pid {entry.pid}", reason, "see `migctl recover`")
 
 
 def guest_gone(guest: str) -> HostError:

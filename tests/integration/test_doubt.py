@@ -125,6 +125,8 @@ def test_a_hop_in_doubt_that_did_succeed_keeps_its_guest(desk: Desk) -> None:
         desk.nodes.cut("node3")
         let_go(holder)
         complaint(client)
+        again = desk.migrate("-p", str(pid), "-h", "node1")
+        assert f"pid {pid}: its move to node3 is in doubt" in again.stderr
         desk.nodes.heal("node3")
     until(lambda: guests_at(desk.nodes, "node3") == {pid}, "it is on node3", LONG_SECONDS)
     until(lambda: not guests_at(desk.nodes, "node2"), "node2 has let go of it", LONG_SECONDS)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
+from holding import await_reached, held, let_go
 from moving import Desk, guests_at, until
 from testbed.client import Nodes, Result
 
@@ -154,6 +155,26 @@ def test_a_process_that_is_just_being_moved(desk: Desk) -> None:
     told = desk.read("told1") + desk.read("told2")
     assert LINE.fullmatch(told.strip()), told
     assert guests_at(desk.nodes, "node2") == {pid}
+    desk.grows("out")
+    desk.enough()
+    assert shell.status() == 7
+    assert desk.count().unbroken
+
+
+def test_a_guest_goes_nowhere_where_it_is_and_moves_once_at_a_time(desk: Desk) -> None:
+    shell, pid = desk.job("python3 counter.py 7 >out")
+    desk.grows("out")
+    desk.move(pid, "node2")
+    assert "runs on node2 already" in refused(desk, "-p", str(pid), "-h", "node2")
+    assert "belongs to alice" in refused(desk, "-p", str(pid), "-h", "node3", user="bob")
+    with held(desk.nodes, "node2", "source-prepared") as holder:
+        move = ["migrate", "-p", str(pid), "-h", "node3"]
+        client = desk.nodes.popen("node1", move, user="alice")
+        await_reached(holder, client)
+        assert "is being moved already" in refused(desk, "-p", str(pid), "-h", "node1")
+        let_go(holder)
+        assert client.wait(SECONDS) == 0
+    assert guests_at(desk.nodes, "node3") == {pid}
     desk.grows("out")
     desk.enough()
     assert shell.status() == 7

@@ -14,7 +14,7 @@ def follow(*said: Packet | None) -> Departed:
         queue: asyncio.Queue[Packet | None] = asyncio.Queue()
         for packet in said:
             queue.put_nowait(packet)
-        return await _follow(queue, tell_nobody)
+        return await _follow(queue, "t1", tell_nobody)
 
     return asyncio.run(run())
 
@@ -34,6 +34,11 @@ def test_in_doubt_no_other_host_is_tried() -> None:
     with pytest.raises(HostError) as error:
         follow(Failed("t1", "host node2", "has not confirmed", "", in_doubt=True))
     assert not isinstance(error.value, PeerError)
+
+
+def test_the_end_of_another_move_is_not_this_ones() -> None:
+    departed = Departed("t1", "node2", 48.0, 7)
+    assert follow(Departed("t0", "node3", 1.0, 1), Failed("t0", "a", "b", ""), departed) == departed
 
 
 def test_a_driver_that_was_killed_is_this_hosts_failure() -> None:
