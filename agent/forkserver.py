@@ -30,6 +30,7 @@ import msgspec
 from agent import syscalls
 from agent.fd_passing import close_all, receive_fds
 from migrate import paths
+from migrate.framing import MALFORMED
 
 AGENTS = "agents"
 WORKERS = "workers"
@@ -165,7 +166,11 @@ def _be_born(connection: socket.socket, serve: Callable[[socket.socket], None]) 
         serve(connection)
         status = 0
     except SystemExit as leaving:
+        if isinstance(leaving.code, str):
+            print(leaving.code, file=sys.stderr)
         status = leaving.code if isinstance(leaving.code, int) else 1
+    except MALFORMED as error:
+        print(f"forkserver: a request that makes no sense: {error}", file=sys.stderr)
     except BaseException:
         traceback.print_exc()
     finally:
@@ -187,6 +192,8 @@ def _agent(connection: socket.socket) -> None:
     with connection:
         data, fds, _ = receive_fds(connection, MAX_BIRTH_BYTES, 1)
         birth = msgspec.msgpack.decode(data, type=Birth)
+        if not fds:
+            sys.exit("forkserver: a request without its descriptor")
         os.dup2(fds[0], 0)
         close_all(fds)
         pidfd = os.pidfd_open(os.getpid())

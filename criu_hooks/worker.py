@@ -74,6 +74,8 @@ def _serve(owner: socket.socket) -> Done:
     if not data:
         return Done(ok=True)
     request = msgspec.msgpack.decode(data, type=Request)
+    if len(fds) != (3 if isinstance(request, RestoreRequest) else 1):
+        sys.exit("criu worker: a request without its descriptors")
     with ExitStack() as stack:
         criu = stack.enter_context(socket.socket(fileno=fds[0]))
         if not isinstance(request, RestoreRequest):

@@ -27,7 +27,8 @@ kind = {"packet": socket.SOCK_SEQPACKET, "stream": socket.SOCK_STREAM}[sys.argv[
 sock = socket.socket(socket.AF_UNIX, kind)
 sock.settimeout(20)
 sock.connect(sys.argv[2])
-rights = array.array("i", [0] * int(sys.argv[4]))
+canary = os.memfd_create("canary")
+rights = array.array("i", [canary] * int(sys.argv[4]))
 ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)] if rights else []
 try:
     sock.sendmsg([bytes(int(sys.argv[3][4:])) if sys.argv[3][:4] == "len " else bytes.fromhex(sys.argv[3])], ancillary)
@@ -72,6 +73,11 @@ PACKETS = {
 
 def open_fds(desk: Desk, node: str, pid: int) -> int:
     return int(desk.nodes.sh(node, f"ls /proc/{pid}/fd | wc -l"))
+
+
+def holds_canary(desk: Desk, node: str, pid: int) -> bool:
+    """Whether it has kept a descriptor that TALK has passed."""
+    return "/memfd:canary" in desk.nodes.sh(node, f"ls -l /proc/{pid}/fd")
 
 
 def migd_pid(desk: Desk, node: str) -> int:
@@ -139,9 +145,42 @@ def test_only_the_deputy_is_heard_on_its_socket(desk: Desk, guest: int) -> None:
 
 def test_users_nonsense_is_logged_and_leaks_nothing(desk: Desk, guest: int) -> None:
     migd = migd_pid(desk, "node1")
-    before = open_fds(desk, "node1", migd)
     for data in (b"GET / HTTP/1.1\r\n", struct.pack(">I", 1 << 31), frame(b"hello")):
         command = ["python3", "-c", TALK, "stream", "/run/migrate/migd.sock", data.hex(), "2"]
         desk.nodes.exec("node1", command, user="bob")
+    for packet, count in PACKETS.values():
+        command = ["python3", "-c", TALK, "packet", "/run/migrate/run.sock", packet, str(count)]
+        assert desk.nodes.exec("node1", command, user="bob").stdout == "closed\n"
     until(lambda: "uid 1002: " in desk.nodes.logs("node1"), "a line in the log")
-    until(lambda: open_fds(desk, "node1", migd) <= before, "nothing is left open")
+    until(lambda: not holds_canary(desk, "node1", migd), "what was passed is closed")
+    assert migd_pid(desk, "node1") == migd
+    assert "Traceback" not in _last_life(desk)
+
+
+@pytest.mark.parametrize("kind", ["agents", "workers"])
+def test_who_forks_guards_and_criu_workers_does_so_for_root_alone_and_outlives_nonsense(
+    desk: Desk, kind: str
+) -> None:
+    """It is there once something has moved."""
+    path = f"/run/migrate/{kind}.sock"
+    shell, pid = desk.job("python3 counter.py 7 >out")
+    desk.grows("out")
+    desk.move(pid, "node2")
+    (server,) = forkservers(desk, "node1", kind)
+    for data, count in PACKETS.values():
+        words = ["python3", "-c", TALK, "packet", path, data, str(count)]
+        assert desk.nodes.exec("node1", words).stdout == "closed\n"
+        told = desk.nodes.exec("node1", words, user="alice", check=False)
+        assert "PermissionError" in told.stderr
+    desk.move(pid, "node1")
+    desk.move(pid, "node2")
+    assert forkservers(desk, "node1", kind) == [server]
+    assert not holds_canary(desk, "node1", int(server))
+    assert "Traceback" not in _last_life(desk)
+    desk.enough()
+    assert shell.status() == 7
+
+
+def forkservers(desk: Desk, node: str, kind: str) -> list[str]:
+    """Their pids. What they have forked has another name."""
+    return desk.nodes.sh(node, f"pgrep -f '[a]gent.forkserver {kind}'").split()
