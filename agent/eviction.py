@@ -91,6 +91,8 @@ class Eviction:
                     keeper.link.send(Hold(""))
                     log.info("%s runs on here: %s", _words(offer), failure)
                     return
+            if here.agents.find("keeper", keeper.guest) is not keeper:
+                return  # It has ended, or gone on otherwise.
             if failure != told:
                 told = failure
                 log.info("%s waits frozen: %s", _words(offer), failure)

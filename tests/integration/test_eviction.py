@@ -3,6 +3,7 @@
 import re
 
 import pytest
+from holding import await_reached, held, let_go
 from moving import Desk, Shell, guests_at, told_to_freeze, until
 from testbed.client import Nodes
 
@@ -92,4 +93,44 @@ def test_expel_empties_a_host_for_good(desk: Desk, nodes: Nodes, guest: tuple[Sh
     finally:
         nodes.exec("node2", ["migctl", "bring"])
     desk.move(pid, "node2")
+    runs_on(desk, shell)
+
+
+def test_a_command_is_evicted_as_well(desk: Desk, nodes: Nodes) -> None:
+    shell, pid = desk.job("migrate -h node2 python3 counter.py 7 </dev/null >out")
+    desk.grows("out")
+    assert nodes.exec("node2", ["evict"]).stdout == "Evicted 1 foreign process.\n"
+    until(lambda: is_home(nodes, pid), "the guest is home")
+    runs_on(desk, shell)
+
+
+@pytest.mark.parametrize(
+    ("point", "node", "hosts", "ends_up"),
+    [
+        ("destination-received", "node2", ["node2"], "node1"),
+        ("destination-commit", "node2", ["node2"], "node1"),
+        ("source-frozen", "node2", ["node2", "node3"], "node3"),
+    ],
+    ids=["while it arrives", "as it is committed", "while it goes on"],
+)
+def test_an_eviction_in_the_middle_of_a_move(
+    desk: Desk, nodes: Nodes, point: str, node: str, hosts: list[str], ends_up: str
+) -> None:
+    shell, pid = desk.job("python3 counter.py 7 >out")
+    desk.grows("out")
+    for host in hosts[:-1]:
+        desk.move(pid, host)
+    with held(nodes, node, point) as holder:
+        command = ["migrate", "-p", str(pid), "-h", hosts[-1]]
+        mover = nodes.popen("node1", command, user="alice")
+        await_reached(holder, mover)
+        assert nodes.exec("node2", ["evict"]).stdout == "Evicted 1 foreign process.\n"
+        let_go(holder)
+        _, told = mover.communicate(timeout=60)
+    refused = point == "destination-received"
+    assert (mover.returncode != 0) is refused, told
+    assert (b"takes no guests now: root asked for it" in told) is refused
+    until(lambda: not guests_at(nodes, "node2"), "node2 is rid of it")
+    # What never left is no guest of its own home's.
+    assert guests_at(nodes, ends_up) == (set() if refused else {pid})
     runs_on(desk, shell)
