@@ -11,6 +11,7 @@ from typing import Self
 from criu_hooks.calls import RestoreRequest
 from criu_hooks.image_check import Checked, check_images
 from criu_hooks.image_files import forget_sizes
+from criu_hooks.image_format import ImageError
 from criu_hooks.images import Owner
 from criu_hooks.mount_links import enter_mounts, no_links_followed
 from criu_hooks.mounts import parse_mountinfo
@@ -22,7 +23,7 @@ PRE_RESTORE = "pre-restore"
 
 
 class ImageGate:
-    """A context manager: from `check_files` on to its end no link is followed in CRIU's mounts.
+    """A context manager: from `PRE_RESTORE` on to its end no link is followed in CRIU's mounts.
 
     The calling process has one thread; `read` moves it into these mounts for good.
     """
@@ -33,6 +34,7 @@ class ImageGate:
         self._mounts_fd = mounts_fd
         self._owner = Owner(request.uid, frozenset(request.gids), min(0, _own_oom_score_adj()))
         self._checked = Checked((), frozenset())
+        self._passed = False
         self._self_fd = os.open("/proc/self", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         """of the host's /proc: the capsule's does not know us"""
         self._stack = ExitStack()
@@ -60,11 +62,21 @@ class ImageGate:
         adopt_terminals(self._images_fd, self._request.session_leader, self._request.foreground)
         enter_mounts(self._mounts_fd)
 
-    def check_files(self) -> None:
-        """Look at the files that the images name; CRIU is at `PRE_RESTORE`.
+    def pass_by(self, point: str) -> None:
+        """CRIU is at this notification: at `PRE_RESTORE`, look at the files that the images name.
 
-        :raises ImageError: the owner may not have one.
+        :raises ImageError: the owner may not have one; or CRIU is further, and did not stop there.
         """
+        if point == PRE_RESTORE:
+            try:
+                self._check_files()
+            except OSError as error:
+                raise ImageError(f"their files cannot be looked at: {error}") from error
+            self._passed = True
+        elif not self._passed:
+            raise ImageError("CRIU did not wait until their files were looked at")
+
+    def _check_files(self) -> None:
         self._stack.enter_context(no_links_followed())
         fd = os.open("mountinfo", os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._self_fd)
         with open(fd) as file:

@@ -27,7 +27,7 @@ from criu_hooks.calls import (
     RestoreRequest,
 )
 from criu_hooks.image_format import ImageError
-from criu_hooks.image_gate import PRE_RESTORE, ImageGate
+from criu_hooks.image_gate import ImageGate
 from criu_hooks.log import cause
 from criu_hooks.urgency import urgent
 
@@ -100,8 +100,8 @@ def _call(
         resp = rpc_pb2.criu_resp.FromString(reply)
         if resp.type != rpc_pb2.NOTIFY:
             break
-        if gate is not None and resp.notify.script == PRE_RESTORE:
-            gate.check_files()
+        if gate is not None:
+            gate.pass_by(resp.notify.script)
         _tell(owner, Notify(resp.notify.script, resp.notify.pid))
         answer = owner.recv(MAX_MESSAGE)
         if not answer:
