@@ -9,6 +9,7 @@ from agent.agents import Agent
 from agent.command_offers import run_command
 from agent.command_server import Client
 from agent.eviction import Eviction
+from agent.group_travel import settle
 from agent.groups import Groups
 from agent.guest_lines import GuestLines
 from agent.handover import Tell
@@ -16,7 +17,7 @@ from agent.hopping import move_on
 from agent.inspection import inspect_process
 from agent.journal import Entry
 from agent.leaving import leave
-from agent.link import Failed, Hold, LifelineCut, NeedLifeline, Packet
+from agent.link import Failed, Hold, LifelineCut, NeedLifeline, Packet, Running
 from agent.load_service import LoadService
 from agent.peers import Peers
 from agent.questions import Questions
@@ -46,7 +47,7 @@ class Broker:
         self._settling = Settling(self._here)
         self.groups = Groups(self._here)
         self._moving: set[int] = set()
-        self.questions = Questions(self._here)
+        self.questions = Questions(self._here, self.groups.travel)
 
     async def start(self) -> None:
         """Find agents again, and settle what was left undone."""
@@ -146,6 +147,8 @@ class Broker:
                 self._lines.reconnect(agent, host)
             case LifelineCut(back):
                 self._lines.home_silent(agent, back)
+            case Running():
+                settle(self._here, [agent.offer])
             case Hold(reason) if reason:
                 self._eviction.resume(agent, reason)
             case Failed(in_doubt=True) as failed:
@@ -155,4 +158,6 @@ class Broker:
         for queue in agent.waiting:
             queue.put_nowait(None)
         self._settling.agent_ended(agent)
+        if agent.role == "keeper" and agent.offer is not None:
+            self._here.book.unsettle(agent.offer.transaction)
         self._here.load.host.guests_changed()

@@ -86,6 +86,10 @@ class GroupBook:
             self._groups.update(groups)
             self._save()
 
+    def is_settled(self, transaction: str) -> bool:
+        """Whether what a guest has brought by this transaction is in here."""
+        return transaction in self._settled
+
     def unsettle(self, transaction: str) -> None:
         """Forget a transaction whose guest has gone."""
         if transaction in self._settled:

@@ -6,19 +6,18 @@ By pid and start time; for one that is away, its deputy's. What a guest brings a
 from __future__ import annotations
 
 import pwd
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
-from agent.group_book import GroupBook
 from agent.group_files import Process
+from agent.group_places import Places
 from agent.group_server import GroupServer
+from agent.group_travel import GroupTravel, settle_all
 from agent.group_words import Identity
-from agent.journal import Entry, State
 from agent.this_host import ThisHost
 from criu_hooks.proc import command_of
 from migrate import group_messages as words
-from migrate import paths
 
 COMMAND_LETTERS = 200
 
@@ -28,21 +27,26 @@ class Groups:
 
     def __init__(self, here: ThisHost) -> None:
         self._here = here
-        self._book = GroupBook(paths.GROUP_BOOK)
-        self._files = GroupServer(
-            self._book.group, lambda process, group: self._put({process: group})
-        )
+        self._files = GroupServer(self._get, lambda process, group: self._put({process: group}))
+        self.travel = GroupTravel(here)
 
     async def start(self) -> None:
         """Have the files served."""
+        settle_all(self._here)
         await self._files.start()
 
     def close(self) -> None:
         """Unmount them."""
         self._files.close()
 
+    def _get(self, process: Identity) -> int:
+        settle_all(self._here)
+        return self._here.book.group(process)
+
     def _put(self, groups: dict[Identity, int]) -> None:
-        self._book.put(groups)
+        settle_all(self._here)
+        self._here.book.put(groups)
+        self.travel.changed(groups)
 
     # ------------------------------------------------------------------ clients
 
@@ -52,10 +56,12 @@ class Groups:
 
     def reset(self, request: words.ResetGroup, caller_uid: int) -> words.Joined:
         """Let those of a group that are a client's leave it."""
-        pids = [process.pid for process, _ in self._book.members(request.group)]
+        places = self._places()
+        members = self._here.book.members(request.group)
+        pids = [process.pid for process, _ in members if not _has_deputy(places, process)]
         return self._change(pids, 0, caller_uid)
 
-    def _change(self, pids: tuple[int, ...] | list[int], group: int, uid: int) -> words.Joined:
+    def _change(self, pids: Sequence[int], group: int, uid: int) -> words.Joined:
         wanted: dict[Identity, int] = {}
         unjoined = []
         for pid in pids:
@@ -75,35 +81,43 @@ class Groups:
 
     def list(self, request: words.ListGroup) -> Callable[[], words.GroupMembers]:
         """Who is in a group, as a function that is not for the loop: it looks at every process."""
-        found = [m for m in self._book.members(request.group) if m[0].pid > request.after]
-        rows, more = found[: words.ROWS_AT_ONCE], len(found) > words.ROWS_AT_ONCE
-        away = {
-            (entry.pid, entry.starttime_ticks): entry
-            for entry in self._here.journal.in_state(State.RESUMED)
-            if entry.origin_cgroup and entry.boot_id == self._here.boot_id
-        }
-        name = self._here.name
+        places = self._places()
+        found = [m for m in self._here.book.members(request.group) if m[0].pid > request.after]
+        part, more = found[: words.ROWS_AT_ONCE], len(found) > words.ROWS_AT_ONCE
 
         def look() -> words.GroupMembers:
-            return words.GroupMembers(
-                tuple(
-                    _row(process, group, name, away.get((process.pid, process.starttime_ticks)))
-                    for process, group in rows
-                ),
-                more,
+            rows = tuple(
+                _row(process, group, places)
+                for process, group in part
+                if not _has_deputy(places, process)
             )
+            return words.GroupMembers(rows, part[-1][0].pid if more else 0)
 
         return look
 
+    def _places(self) -> Places:
+        settle_all(self._here)
+        return Places.of(self._here)
 
-def _row(process: Identity, group: int, here: str, deputy: Entry | None) -> words.MemberRow:
-    if deputy is not None:
-        return words.MemberRow(process.pid, group, deputy.user, here, deputy.peer, deputy.command)
+
+def _has_deputy(places: Places, process: Identity) -> bool:
+    """Whether a process is at home again in a capsule: there its deputy stands for it."""
+    inmate = places.inmate(process.pid)
+    return inmate is not None and inmate.is_root and inmate.offer.home == places.host
+
+
+def _row(process: Identity, group: int, places: Places) -> words.MemberRow:
+    pid, here = process.pid, places.host
+    entry = places.deputies.get(process)
+    if entry is not None:
+        return words.MemberRow(pid, group, entry.user, here, entry.peer, entry.command)
+    inmate = places.inmate(pid)
+    home = inmate.offer.home if inmate is not None else here
     try:
-        user = user_name(Process.look(process.pid).uid)
+        user = user_name(Process.look(pid).uid)
     except OSError:
         user = "?"
-    return words.MemberRow(process.pid, group, user, here, here, command_line(process.pid))
+    return words.MemberRow(pid, group, user, home, here, command_line(pid))
 
 
 def command_line(pid: int) -> str:

@@ -39,6 +39,7 @@ from agent.link import (
     Packet,
     Planned,
     Progress,
+    Running,
     StartDeparture,
     StreamPipe,
     Verdict,
@@ -180,6 +181,7 @@ class GuestHost:
         self._files = arrived.files
         self._criu = arrived.criu
         self._born = True
+        self._say(Running())
         positions = tuple(guestwords.StreamPosition.of(s) for s in self._awaiting.values())
         self._to_guard(guestwords.Started(self._offer.epoch, positions))
         if not self._awaiting:

@@ -11,6 +11,7 @@ import msgspec
 
 from agent import peer_messages
 from agent.agents import Agent
+from agent.group_travel import settle, taken_along
 from agent.guest_lines import connect_next
 from agent.handover import Tell, handover, tell_nobody
 from agent.home_paths import system_files, used_by
@@ -142,6 +143,7 @@ async def _hop(
             # Home connects with one host more than the guest may be on, not with two.
             raise in_doubt(entry)
     tree = await asyncio.to_thread(inspect_guest, keeper.offer, here.config, held=bool(reason))
+    settle(here, [keeper.offer])
     offer = msgspec.structs.replace(
         keeper.offer,
         transaction=secrets.token_hex(6),
@@ -152,6 +154,7 @@ async def _hop(
         is_command=False,
         chosen=chosen,
         reason=reason,
+        groups=taken_along(here, tree),
         files=await asyncio.to_thread(system_files, used_by(tree), keeper.offer.view),
     )
     async with handover(here, offer, host, ("bulk",)) as accepted:

@@ -10,6 +10,7 @@ import secrets
 
 import msgspec
 
+from agent.group_travel import taken_along
 from agent.handover import Tell, handover
 from agent.home_paths import system_files, used_by, view_directories
 from agent.hosting import cpu_features
@@ -70,7 +71,7 @@ async def _depart(
     here: ThisHost, tree: ProcessTree, host: Host, tell: Tell, *, chosen: bool = False
 ) -> Departed:
     offer = await asyncio.to_thread(make_offer, here, tree)
-    offer = msgspec.structs.replace(offer, chosen=chosen)
+    offer = msgspec.structs.replace(offer, chosen=chosen, groups=taken_along(here, tree))
     async with handover(here, offer, host, ("bulk", "lifeline")) as accepted:
         order = StartDeparture(
             offer=offer,

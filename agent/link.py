@@ -72,6 +72,14 @@ class OfferedTerminal(msgspec.Struct, frozen=True):
     """it is the guest's controlling terminal, not only an open file"""
 
 
+class GroupMember(msgspec.Struct, frozen=True, array_like=True):
+    """A process of the tree that is in a group (agent/groups.py)."""
+
+    pid: Annotated[int, msgspec.Meta(ge=1, lt=1 << 31)]
+    """as the tree counts"""
+    group: Annotated[int, msgspec.Meta(ge=1, lt=1 << 31)]
+
+
 class Offer(msgspec.Struct, frozen=True):
     """What a source tells a destination before anything freezes; and the keeper's instructions."""
 
@@ -108,6 +116,7 @@ class Offer(msgspec.Struct, frozen=True):
     terminal: OfferedTerminal | None = None
     reason: Name = ""
     """why it moves, if nobody asked for this move: an eviction's"""
+    groups: tuple[GroupMember, ...] = ()
 
 
 class StartDeparture(msgspec.Struct, frozen=True, tag="depart"):
@@ -191,6 +200,10 @@ class Ended(msgspec.Struct, frozen=True, tag="ended"):
     """guard or keeper → migd: the guest has ended and everything is given back."""
 
     exit_code: int
+
+
+class Running(msgspec.Struct, frozen=True, tag="running"):
+    """keeper → migd: the guest has arrived, and runs."""
 
 
 class EndGuest(msgspec.Struct, frozen=True, tag="end"):
@@ -285,7 +298,9 @@ class Aborted(msgspec.Struct, frozen=True, tag="aborted"):
 
 
 ToAgent: TypeAlias = StartDeparture | StartCommand | Attach | EndGuest | Verdict | GuestLost | Hold
-FromAgent: TypeAlias = Progress | Departed | Failed | NeedLifeline | Ended | LifelineCut | Hold
+FromAgent: TypeAlias = (
+    Progress | Departed | Failed | NeedLifeline | Ended | LifelineCut | Hold | Running
+)
 
 
 TransactionMessage: TypeAlias = Planned | Dumped | Commit | Prepared | Ready | Resumed | Aborted

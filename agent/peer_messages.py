@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import msgspec
 
 from agent.link import Name, Offer
@@ -90,8 +92,23 @@ class GuestMoved(msgspec.Struct, frozen=True, tag="guest-moved"):
     sent_bytes: int
 
 
-Question = MakeOffer | AskOutcome | MoveGuest | ConnectGuest | AskGuest | AskHome | DropGuest
-Answer = Accepted | OutcomeIs | GuestMoved | Connected | GuestIs | HomeIs
+class SetGroup(msgspec.Struct, frozen=True, tag="set-group"):
+    """The host of a guest → its home's migd, or the other way round: this process is in that group now."""
+
+    guest: Name
+    pid: Annotated[int, msgspec.Meta(ge=1, lt=1 << 31)]
+    """as the guest counts"""
+    group: Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
+
+
+class GroupSet(msgspec.Struct, frozen=True, tag="group-set"):
+    """Done."""
+
+
+Question = (
+    MakeOffer | AskOutcome | MoveGuest | ConnectGuest | AskGuest | AskHome | DropGuest | SetGroup
+)
+Answer = Accepted | OutcomeIs | GuestMoved | Connected | GuestIs | HomeIs | GroupSet
 
 encode = msgspec.msgpack.Encoder().encode
 decode_question = msgspec.msgpack.Decoder(Question).decode

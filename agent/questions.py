@@ -7,6 +7,7 @@ import logging
 import msgspec
 
 from agent import load_messages, peer_messages
+from agent.group_travel import GroupTravel
 from agent.guest_lines import connect_next
 from agent.handover import tell_nobody
 from agent.hopping import hop
@@ -27,8 +28,9 @@ _decode = msgspec.msgpack.Decoder(peer_messages.Question | load_messages.LoadQue
 class Questions:
     """Answers for the peers; who asks is proved by its key."""
 
-    def __init__(self, here: ThisHost) -> None:
+    def __init__(self, here: ThisHost, travel: GroupTravel) -> None:
         self._here = here
+        self._travel = travel
 
     def is_peer(self, name: str) -> bool:
         """Whether a host of this name is configured now."""
@@ -79,6 +81,8 @@ class Questions:
                     raise PeerError(f"guest {guest}", "is not here", "look with `migctl ps`")
                 host = here.config.host_named(destination)
                 return await hop(here, guest, host, tell_nobody, chosen=chosen)
+            case peer_messages.SetGroup() as news:
+                return self._travel.told(peer, news)
             case peer_messages.ConnectGuest(guest, host):
                 where = [
                     e.peer

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from agent import peer_messages
 from agent.agents import Agent, Agents, OnEnd, OnPacket
+from agent.group_book import GroupBook
 from agent.journal import Entry, Journal
 from agent.link import EndGuest
 from agent.load_host import count_guests
@@ -16,6 +17,7 @@ from agent.load_report import Guests
 from agent.load_service import EvictGuests, LoadService
 from agent.peers import Peers
 from criu_hooks.proc import boot_id
+from migrate import paths
 from migrate.config import Config, Host, load_config
 from migrate.errors import HostError, MigrateError, PeerError
 from migrate.framing import MALFORMED
@@ -50,6 +52,7 @@ class ThisHost:
         self.criu_version = criu_version
         self.journal = Journal()
         self.boot_id = boot_id()
+        self.book = GroupBook(paths.GROUP_BOOK)
         self.agents = Agents(on_packet, on_end)
         self.load = LoadService(
             lambda: self.config,

@@ -70,10 +70,10 @@ class MemberRow(msgspec.Struct, frozen=True):
 
 
 class GroupMembers(msgspec.Struct, frozen=True, tag="members"):
-    """The answer to ListGroup, by pid. `more`: ask again, after the last."""
+    """The answer to ListGroup, by pid. `more_after`: if not 0, ask again for those after it."""
 
     rows: tuple[MemberRow, ...]
-    more: bool = False
+    more_after: int = 0
 
 
 Request = JoinGroup | ResetGroup | ListGroup

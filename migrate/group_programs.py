@@ -59,13 +59,12 @@ def ask(request: messages.Request) -> messages.Reply:
 
 def members(group: int) -> Iterator[words.MemberRow]:
     """Who is in a group (0: in any), by pid. Raises MigrateError."""
-    after, more = 0, True
-    while more:
-        reply = ask(words.ListGroup(group, after))
+    after = -1
+    while after:
+        reply = ask(words.ListGroup(group, max(after, 0)))
         assert isinstance(reply, words.GroupMembers)
         yield from reply.rows
-        more = reply.more and bool(reply.rows)
-        after = reply.rows[-1].pid if reply.rows else 0
+        after = reply.more_after
 
 
 def _change(request: words.JoinGroup | words.ResetGroup) -> words.Joined:

@@ -1,8 +1,9 @@
 """Processes grouped by writing a number, as openMosix's miggroup."""
 
 import json
+import re
 
-from moving import Desk, Shell, agent_pids, until
+from moving import Desk, Shell, agent_pids, guest_pids, until
 from testbed.client import Nodes, Result
 
 FILES = "/run/migrate/proc"
@@ -132,3 +133,73 @@ def test_a_process_that_ends_takes_its_file_along(desk: Desk, nodes: Nodes) -> N
     gone = nodes.exec("node1", ["cat", f"{FILES}/{pid}/miggroup"], check=False)
     assert "No such file or directory" in gone.stderr
     assert run(desk, "showgroup", "1").stdout == ""
+
+
+def inner(nodes: Nodes, node: str, pid: int) -> int:
+    """A process's pid as it sees it itself."""
+    status = nodes.sh(node, 'cat /proc/"$1"/status', str(pid))
+    found = re.search(r"^NSpid:.*\t(\d+)$", status, re.MULTILINE)
+    assert found
+    return int(found[1])
+
+
+def guest_root(nodes: Nodes, node: str, pid: int) -> int:
+    """The pid on a node of the root of a guest that runs there."""
+    (found,) = [one for one in guest_pids(nodes, node, pid) if inner(nodes, node, one) == pid]
+    return found
+
+
+def test_a_number_goes_wherever_its_process_goes(desk: Desk, nodes: Nodes) -> None:
+    shell, pid = desk.job("python3 counter.py 7 >out")
+    desk.grows("out")
+    run(desk, "joingroup", str(pid), "1")
+    desk.move(pid, "node2")
+    assert group(nodes, "node1", pid) == "1"
+    away = guest_root(nodes, "node2", pid)
+    assert group(nodes, "node2", away) == "1"
+    told = json.loads(run(desk, "showgroup", "--json", "1").stdout)["processes"]
+    assert told == [
+        {
+            "pid": pid,
+            "command": "python3 counter.py 7",
+            "user": "alice",
+            "home": "node1",
+            "where": "node2",
+        }
+    ]
+    # A restart of migd there, before anybody has looked again, loses nothing.
+    nodes.crash_migd("node2")
+    assert group(nodes, "node2", away) == "1"
+    # What is written at one end is known at the other.
+    run(desk, "joingroup", str(pid), "2")
+    until(lambda: group(nodes, "node2", away) == "2", "node2 knows it")
+    nodes.sh("node2", f'echo 3 >{FILES}/"$1"/miggroup', str(away), user="alice")
+    until(lambda: group(nodes, "node1", pid) == "3", "home knows it")
+    desk.move(pid, "node3")
+    assert group(nodes, "node3", guest_root(nodes, "node3", pid)) == "3"
+    desk.move(pid, "node1")
+    back = guest_root(nodes, "node1", pid)
+    assert [group(nodes, "node1", one) for one in (pid, back)] == ["3", "3"]
+    # At home it is one process, under the pid that it always had.
+    assert run(desk, "showgroup", "3").stdout.startswith(f"{pid} with commandline ")
+    assert run(desk, "showgroup", "3").stdout.count("\n") == 1
+    assert run(desk, "resetgroup", "3").stdout == f"resetet {pid}\n"
+    assert [group(nodes, "node1", one) for one in (pid, back)] == ["0", "0"]
+    desk.enough()
+    assert shell.status() == 7
+
+
+def test_children_keep_their_numbers_too(desk: Desk, nodes: Nodes) -> None:
+    shell = desk.shell('python3 tree.py & echo "pid $!"; wait $!; echo "status $?"')
+    pid = shell.pid()
+    children = [int(word) for word in shell.says("children")]
+    run(desk, "joingroup", str(children[0]), "4")
+    run(desk, "joingroup", str(children[1]), "5")
+    desk.move(pid, "node2")
+    found = {
+        inner(nodes, "node2", one): group(nodes, "node2", one)
+        for one in guest_pids(nodes, "node2", pid)
+    }
+    assert found == {pid: "0", children[0]: "4", children[1]: "5"}
+    desk.enough()
+    assert "status 7" in shell.rest()
