@@ -9,11 +9,12 @@ from agent.agents import Agent
 from agent.command_offers import run_command
 from agent.command_server import Client
 from agent.eviction import Eviction
+from agent.group_places import Places
 from agent.group_travel import settle
 from agent.groups import Groups
 from agent.guest_lines import GuestLines
 from agent.handover import Tell
-from agent.hopping import move_on
+from agent.hopping import move_guest, move_on
 from agent.inspection import inspect_process
 from agent.journal import Entry
 from agent.leaving import leave
@@ -45,7 +46,7 @@ class Broker:
         self._eviction = Eviction(self._here)
         self._lines = GuestLines(self._here)
         self._settling = Settling(self._here)
-        self.groups = Groups(self._here)
+        self.groups = Groups(self._here, self._eviction.evict_guests)
         self._moving: set[int] = set()
         self.questions = Questions(self._here, self.groups.travel)
 
@@ -89,6 +90,8 @@ class Broker:
             entry = self._deputy(pid)
             if entry is not None:
                 return await move_on(self._here, request, entry, caller_uid, tell)
+            if inmate := Places.of(self._here).inmate(pid):
+                return await move_guest(self._here, request, inmate.offer, caller_uid, tell)
             self._settling.refuse_if_doubtful(pid)
             return await self._move_process(request, caller_uid, caller_pid, tell)
         finally:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from agent.broker import Broker
+from agent.group_plan import Caller
 from agent.handover import Tell
 from agent.repeated import Repeated
 from migrate import group_messages, messages, paths
@@ -112,6 +113,11 @@ class ClientServer:
                 return self._broker.groups.reset(request, uid)
             case group_messages.ListGroup():
                 return await asyncio.to_thread(self._broker.groups.list(request))
+            case group_messages.PlanGroup():
+                plan = self._broker.groups.plan(request, Caller(uid, pid))
+                return await asyncio.to_thread(plan)
+            case group_messages.EvictGroup():
+                return self._broker.groups.evict(request, uid)
             case messages.Recover():
                 if uid != 0:
                     raise UserError("recover", "is for root only")

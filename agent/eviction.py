@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Callable, Set
 
 from agent.agents import Agent
 from agent.handover import tell_nobody
@@ -45,13 +46,20 @@ class Eviction:
         :param uid: whose; None for everybody's.
         :return: how many are told to go that were not yet.
         """
+        return self._evict(lambda keeper, offer: uid in (None, offer.owner.uid), reason)
+
+    def evict_guests(self, guests: Set[str], reason: str) -> int:
+        """As `evict`, only some."""
+        return self._evict(lambda keeper, offer: keeper.guest in guests, reason)
+
+    def _evict(self, wanted: Callable[[Agent, Offer], bool], reason: str) -> int:
         reason = one_line(reason, REASON_LETTERS)
         count = 0
         for keeper in self._here.agents.all():
             offer = keeper.offer
             if keeper.role != "keeper" or offer is None or offer.home == self._here.name:
                 continue
-            if keeper.guest in self._leaving or uid not in (None, offer.owner.uid):
+            if keeper.guest in self._leaving or not wanted(keeper, offer):
                 continue
             keeper.link.send(Hold(reason))
             log.info("evicted %s: %s", _words(offer), reason)

@@ -6,12 +6,13 @@ By pid and start time; for one that is away, its deputy's. What a guest brings a
 from __future__ import annotations
 
 import pwd
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from functools import lru_cache
 from pathlib import Path
 
 from agent.group_files import Process
 from agent.group_places import Places
+from agent.group_plan import Caller, plan
 from agent.group_server import GroupServer
 from agent.group_travel import GroupTravel, settle_all
 from agent.group_words import Identity
@@ -25,8 +26,10 @@ COMMAND_LETTERS = 200
 class Groups:
     """For the running loop, from `start` to `close`."""
 
-    def __init__(self, here: ThisHost) -> None:
+    def __init__(self, here: ThisHost, evict: Callable[[Set[str], str], int]) -> None:
+        """:param evict: sends guests of this host home, for a reason."""
         self._here = here
+        self._evict = evict
         self._files = GroupServer(self._get, lambda process, group: self._put({process: group}))
         self.travel = GroupTravel(here)
 
@@ -94,6 +97,30 @@ class Groups:
             return words.GroupMembers(rows, part[-1][0].pid if more else 0)
 
         return look
+
+    def plan(self, request: words.PlanGroup, caller: Caller) -> Callable[[], words.GroupPlan]:
+        """How a group would move, as a function that is not for the loop. Raises UserError: where to?"""
+        config, destination = self._here.config, ""
+        if request.host:
+            destination = config.host_named(request.host).name
+        elif request.host_id:
+            destination = config.host_with_id(request.host_id).name
+        places = self._places()
+        members = [process for process, _ in self._here.book.members(request.group)]
+        return lambda: plan(places, members, destination, caller, config)
+
+    def evict(self, request: words.EvictGroup, caller_uid: int) -> words.GroupEvicted:
+        """Send the guests of a group home: those that are the caller's; root's word goes for all."""
+        places, guests, pids = self._places(), set(), []
+        for process, _ in self._here.book.members(request.group):
+            inmate = places.inmate(process.pid)
+            if inmate is None or inmate.offer.home == places.host:
+                continue
+            if caller_uid in (0, inmate.offer.owner.uid):
+                guests.add(inmate.offer.guest)
+                pids.append(process.pid)
+        self._evict(guests, f"group {request.group} was sent home")
+        return words.GroupEvicted(tuple(pids))
 
     def _places(self) -> Places:
         settle_all(self._here)

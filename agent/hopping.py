@@ -53,6 +53,32 @@ async def move_on(
         return await _move_to(here, entry, host)
 
 
+async def move_guest(
+    here: ThisHost, request: messages.Move, offer: Offer, caller_uid: int, tell: Tell
+) -> messages.Reply:
+    """Move a guest that runs here, for a client of this host.
+
+    :param offer: by which it came.
+    :raises MigrateError: it runs on here, or is in doubt.
+    """
+    deputy = here.journal.deputy(offer.ids.pid) if offer.home == here.name else None
+    if deputy is not None and deputy.guest == offer.guest:
+        return await move_on(here, request, deputy, caller_uid, tell)
+    if caller_uid not in (0, offer.owner.uid):
+        raise UserError(
+            f"pid {request.pid}",
+            f"belongs to {offer.owner.name}",
+            "only its owner or root moves it",
+        )
+    if request.check_only:
+        return messages.Checked(request.pid)
+    host = named_host(here.config, request, here.name)
+    if host is None:
+        raise UserError(f"pid {request.pid}", "is a guest here", "name a host, or ask at its home")
+    moved = await hop(here, offer.guest, host, tell)
+    return messages.Moved(request.pid, host.name, moved.frozen_ms, moved.sent_bytes)
+
+
 @contextlib.asynccontextmanager
 async def _progress(guard: Agent, tell: Tell) -> AsyncIterator[None]:
     """Inside, progress goes to `tell`: wherever the guest is, its keeper tells its guard."""

@@ -181,6 +181,34 @@ def pam_disable() -> None:
     pam.disable(Place())
 
 
+group_app = typer.Typer(help="Groups of processes (see joingroup).", rich_markup_mode=None)
+app.add_typer(group_app, name="group")
+
+
+@group_app.command("list")
+def group_list() -> None:
+    """Show the processes of all groups."""
+    from migrate.group_asking import members
+    from migrate.listing import group_table
+
+    for line in group_table(members(0), sys.stdout.isatty()):
+        _say(line)
+
+
+@group_app.command("evict")
+def group_evict(group: Annotated[str, typer.Argument(metavar="GROUP", help="Its number.")]) -> None:
+    """Have the processes of a group come home, and send those that are guests here home."""
+    from migrate.group_asking import parse_group
+    from migrate.group_evict import evict
+
+    failures = 0
+    for failure in evict(parse_group(group), _say):
+        failures += 1
+        sys.stderr.write(f"migctl: {failure}\n")
+    if failures:
+        raise typer.Exit(EXIT_FAILURE)
+
+
 @app.command()
 def top(
     seconds: Annotated[float, typer.Option("-d", help="Between two looks.", min=0.2)] = 2.0,

@@ -9,6 +9,7 @@ import typer
 
 from migrate.command import Words, run
 from migrate.errors import MigrateError
+from migrate.group_asking import parse_group
 from migrate.move import Moves, move
 from migrate.pids import parse_pid
 
@@ -37,7 +38,7 @@ def migrate(
         typer.Option(
             "-p",
             metavar="PID",
-            help="Process to move: 0x1a2b is hex, 6699 decimal. May be repeated.",
+            help="Process to move: 0x1a2b is hex, 6699 decimal; or @GROUP. May be repeated.",
         ),
     ] = None,
     host: Annotated[
@@ -95,8 +96,17 @@ def migrate(
         )
     if command or background or low or local or file:
         raise MigrateError("-p", "moves processes, and runs no command", "use one of them")
-    moves = Moves([parse_pid(word) for word in pids], host or "", number, check, verbose, debug)
-    if not move(moves):
+    groups = [parse_group(word[1:]) for word in pids if word.startswith("@")]
+    plain = [parse_pid(word) for word in pids if not word.startswith("@")]
+    good = not plain or move(Moves(plain, host or "", number, check, verbose, debug))
+    tell = verbose or sys.stdout.isatty()
+    for group in groups:
+        from migrate.group_move import move_for_migrate
+
+        for failure in move_for_migrate(group, host or "", number, check=check, tell=tell):
+            print(f"migrate: {failure}", file=sys.stderr)
+            good = False
+    if not good:
         raise typer.Exit(OWN_FAILURE)
 
 

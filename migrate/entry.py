@@ -69,7 +69,7 @@ def plain_move(words: Sequence[str]) -> Moves | None:
         word = rest.pop(0)
         if word in _MOVE_FLAGS:
             flags.add(word)
-        elif word == "-p" and rest:
+        elif word == "-p" and rest and not rest[0].startswith("@"):
             pids.append(parse_pid(rest.pop(0)))
         elif word == "-h" and rest and rest[0]:
             hosts.append(rest.pop(0))

@@ -42,6 +42,22 @@ class ListGroup(msgspec.Struct, frozen=True, tag="list-group"):
     protocol: int = PROTOCOL
 
 
+class PlanGroup(msgspec.Struct, frozen=True, tag="plan-group"):
+    """How would this group move to a host? Neither name nor id: to those that are chosen."""
+
+    group: Group
+    host: Annotated[str, msgspec.Meta(max_length=256)] = ""
+    host_id: int = 0
+    protocol: int = PROTOCOL
+
+
+class EvictGroup(msgspec.Struct, frozen=True, tag="evict-group"):
+    """Send the guests of this host that are in this group home."""
+
+    group: Group
+    protocol: int = PROTOCOL
+
+
 class Unjoined(msgspec.Struct, frozen=True):
     """A process that stays in its group, and why."""
 
@@ -76,6 +92,45 @@ class GroupMembers(msgspec.Struct, frozen=True, tag="members"):
     more_after: int = 0
 
 
-Request = JoinGroup | ResetGroup | ListGroup
-Reply = Joined | GroupMembers
-FINAL = (Joined, GroupMembers)
+class GroupTree(msgspec.Struct, frozen=True):
+    """Members that move as one."""
+
+    pid: int
+    """the one to move"""
+    pids: tuple[int, ...]
+    """all members that go with it"""
+    there: bool = False
+    """they run where they are to go"""
+
+
+class Reason(msgspec.Struct, frozen=True):
+    """Why not."""
+
+    what: str
+    reason: str
+    remedy: str = ""
+
+
+class Stuck(msgspec.Struct, frozen=True):
+    """Members that cannot move."""
+
+    pids: tuple[int, ...]
+    reasons: tuple[Reason, ...]
+
+
+class GroupPlan(msgspec.Struct, frozen=True, tag="plan"):
+    """The answer to PlanGroup."""
+
+    trees: tuple[GroupTree, ...]
+    stuck: tuple[Stuck, ...] = ()
+
+
+class GroupEvicted(msgspec.Struct, frozen=True, tag="group-evicted"):
+    """The answer to EvictGroup: the pids here of those that are told to go."""
+
+    pids: tuple[int, ...]
+
+
+Request = JoinGroup | ResetGroup | ListGroup | PlanGroup | EvictGroup
+Reply = Joined | GroupMembers | GroupPlan | GroupEvicted
+FINAL = (Joined, GroupMembers, GroupPlan, GroupEvicted)

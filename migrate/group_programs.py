@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from migrate import client, messages
 from migrate import group_messages as words
 from migrate.errors import MigrateError, UserError
+from migrate.group_asking import ask, members, one_line, parse_group, parse_host
 from migrate.pids import parse_pid
 
 SOME_FAILED = 1
@@ -25,46 +25,12 @@ _HELP = {
         "Let processes join a group: a number, 1 to 2147483647; 0: they leave theirs.",
     ),
     "showgroup": ("showgroup [--json] GROUP", "Show the processes of a group."),
+    "migrategroup": (
+        "migrategroup GROUP HOST-OR-ID",
+        "Move the processes of a group to a host, several at a time.",
+    ),
     "resetgroup": ("resetgroup GROUP", "Let the processes of a group leave it."),
 }
-
-
-def parse_group(text: str, *, least: int = 1) -> int:
-    """The number of a group. Raises UserError."""
-    digits = text.lstrip("0") or "0"
-    good = text.isascii() and text.isdecimal() and len(digits) <= len(str(words.GROUP_MAX))
-    if not good or not least <= int(digits) <= words.GROUP_MAX:
-        raise UserError(
-            f"group {text[:20]!r}", "no such number", f"groups are {least} to {words.GROUP_MAX}"
-        )
-    return int(digits)
-
-
-def one_line(text: str) -> str:
-    """What others have chosen, safe for one line on a terminal."""
-    return "".join(c if c.isprintable() else "?" for c in text)
-
-
-# ---------------------------------------------------------------------- asking migd
-
-
-def ask(request: messages.Request) -> messages.Reply:
-    """The final reply. Raises MigrateError: migd refuses, or cannot be reached."""
-    *_, reply = client.ask(request)
-    if isinstance(reply, messages.Refused):
-        first = reply.obstacles[0]
-        raise MigrateError(first.what, first.reason, first.remedy)
-    return reply
-
-
-def members(group: int) -> Iterator[words.MemberRow]:
-    """Who is in a group (0: in any), by pid. Raises MigrateError."""
-    after = -1
-    while after:
-        reply = ask(words.ListGroup(group, max(after, 0)))
-        assert isinstance(reply, words.GroupMembers)
-        yield from reply.rows
-        after = reply.more_after
 
 
 def _change(request: words.JoinGroup | words.ResetGroup) -> words.Joined:
@@ -110,6 +76,26 @@ def _show(arguments: Sequence[str]) -> int:
     ]
     print(json.dumps({"group": group, "processes": rows}))
     return 0
+
+
+def _migrate(arguments: Sequence[str]) -> int:
+    from migrate.group_move import move_group
+
+    if len(arguments) != 2:
+        _misused("migrategroup")
+    group, where = parse_group(arguments[0]), arguments[1]
+    status = 0
+    for outcome in move_group(group, *parse_host(where)):
+        for failure in outcome.failures:
+            status = SOME_FAILED
+            pids = " ".join(map(str, outcome.pids))
+            print(f"migrategroup: {pids} not migrated to {where}: {failure}", file=sys.stderr)
+        if not outcome.failures:
+            for pid in outcome.pids:
+                already = outcome.moved is None
+                print(f"{pid} is on {where} already" if already else f"migrate {pid} to {where}")
+        sys.stdout.flush()
+    return status
 
 
 def _reset(arguments: Sequence[str]) -> int:
@@ -159,6 +145,11 @@ def joingroup() -> NoReturn:
 def showgroup() -> NoReturn:
     """Entry point."""
     _run("showgroup", _show)
+
+
+def migrategroup() -> NoReturn:
+    """Entry point."""
+    _run("migrategroup", _migrate)
 
 
 def resetgroup() -> NoReturn:

@@ -1,14 +1,16 @@
-"""The table of `migctl ps`."""
+"""The tables of `migctl ps` and `migctl group list`."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
+from migrate.group_messages import MemberRow
 from migrate.messages import GuestRow
 from migrate.pids import format_pid
 
 _TITLES = ("PID", "USER", "HOME", "WHERE", "SINCE", "PRIORITY", "STATE", "COMMAND")
+_GROUP_TITLES = ("GROUP", "PID", "USER", "HOME", "WHERE", "COMMAND")
 _PRIORITIES = ("low", "normal", "high")
 
 
@@ -31,11 +33,26 @@ def table(rows: Iterable[GuestRow], for_people: bool) -> Iterator[str]:
         )
         for row in rows
     ]
+    yield from _aligned(_TITLES, cells, for_people)
+
+
+def group_table(rows: Iterable[MemberRow], for_people: bool) -> Iterator[str]:
+    """As `table`, by group and pid."""
+    cells = [
+        (str(row.group), format_pid(row.pid), row.user, row.home, row.where, _printable(row.command))
+        for row in sorted(rows, key=lambda row: (row.group, row.pid))
+    ]
+    yield from _aligned(_GROUP_TITLES, cells, for_people)
+
+
+def _aligned(
+    titles: tuple[str, ...], cells: Sequence[tuple[str, ...]], for_people: bool
+) -> Iterator[str]:
     if not for_people:
         yield from ("\t".join(line) for line in cells)
         return
-    widths = [max(len(line[i]) for line in [_TITLES, *cells]) for i in range(len(_TITLES))]
-    for line in [_TITLES, *cells]:
+    widths = [max(len(line[i]) for line in [titles, *cells]) for i in range(len(titles))]
+    for line in [titles, *cells]:
         yield "  ".join(
             cell.ljust(width) for cell, width in zip(line, widths, strict=True)
         ).rstrip()

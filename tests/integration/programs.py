@@ -182,6 +182,41 @@ print("ready", flush=True)
 time.sleep(600)
 """
 
+PAIR = """\
+'''Two children talk to each other through a socket; the parent only waits for them, and ends with 7 if both
+have exchanged words until the file `enough` was here.'''
+import os, socket, sys, time
+
+def talk(end, first):
+    count = 0
+    if first:
+        end.send(b"word")
+    while end.recv(4):
+        count += 1
+        time.sleep(0.002)
+        if os.path.exists("enough"):
+            break
+        end.send(b"word")
+    end.close()
+    os._exit(0 if count > 2 else 1)
+
+ends = socket.socketpair()
+children = []
+for number in (0, 1):
+    pid = os.fork()
+    if pid == 0:
+        ends[1 - number].close()
+        talk(ends[number], number == 0)
+    children.append(pid)
+for end in ends:
+    end.close()
+print("children", *children, flush=True)
+for pid in children:
+    if os.waitpid(pid, 0) != (pid, 0):
+        sys.exit(3)
+sys.exit(7)
+"""
+
 PROGRAMS = {
     "counter.py": COUNTER,
     "copier.py": COPIER,
@@ -192,4 +227,5 @@ PROGRAMS = {
     "listener.py": LISTENER,
     "zombie.py": ZOMBIE,
     "sleeper.py": SLEEPER,
+    "pair.py": PAIR,
 }

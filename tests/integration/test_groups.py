@@ -1,45 +1,10 @@
 """Processes grouped by writing a number, as openMosix's miggroup."""
 
 import json
-import re
 
+from grouping import FILES, group, guest_root, inner, run, sleepers
 from moving import Desk, Shell, agent_pids, guest_pids, until
-from testbed.client import Nodes, Result
-
-FILES = "/run/migrate/proc"
-
-
-def sleepers(desk: Desk, count: int) -> list[int]:
-    """Jobs of alice's at home that do nothing, by their pids."""
-    return [desk.job("sleep 600 </dev/null >/dev/null")[1] for _ in range(count)]
-
-
-def run(desk: Desk, *words: str, node: str = "", user: str = "", check: bool = True) -> Result:
-    """One of the programs, as a user runs it."""
-    return desk.nodes.exec(node or desk.home, words, user=user or desk.user, check=check)
-
-
-def group(nodes: Nodes, node: str, pid: int) -> str:
-    """What is in a process's file."""
-    return nodes.sh(node, f'cat {FILES}/"$1"/miggroup', str(pid), user="bob")
-
-
-def test_the_manuals_example(desk: Desk) -> None:
-    pids = sleepers(desk, 6)
-    words = [str(pid) for pid in pids]
-    assert run(desk, "joingroup", *words, "1").stdout.splitlines() == [
-        "miggroup = 1",
-        f"processes = {' '.join(words)}",
-        *(f"process {pid} joins the miggroup 1 now" for pid in pids),
-    ]
-    assert run(desk, "showgroup", "1").stdout.splitlines() == [
-        f"{pid} with commandline sleep 600 belongs to 1" for pid in pids
-    ]
-    told = json.loads(run(desk, "showgroup", "--json", "1").stdout)
-    assert told["group"] == 1
-    assert [row["pid"] for row in told["processes"]] == pids
-    assert run(desk, "resetgroup", "1").stdout.splitlines() == [f"resetet {pid}" for pid in pids]
-    assert run(desk, "showgroup", "1").stdout == ""
+from testbed.client import Nodes
 
 
 def test_echo_and_cat(desk: Desk, nodes: Nodes) -> None:
@@ -133,20 +98,6 @@ def test_a_process_that_ends_takes_its_file_along(desk: Desk, nodes: Nodes) -> N
     gone = nodes.exec("node1", ["cat", f"{FILES}/{pid}/miggroup"], check=False)
     assert "No such file or directory" in gone.stderr
     assert run(desk, "showgroup", "1").stdout == ""
-
-
-def inner(nodes: Nodes, node: str, pid: int) -> int:
-    """A process's pid as it sees it itself."""
-    status = nodes.sh(node, 'cat /proc/"$1"/status', str(pid))
-    found = re.search(r"^NSpid:.*\t(\d+)$", status, re.MULTILINE)
-    assert found
-    return int(found[1])
-
-
-def guest_root(nodes: Nodes, node: str, pid: int) -> int:
-    """The pid on a node of the root of a guest that runs there."""
-    (found,) = [one for one in guest_pids(nodes, node, pid) if inner(nodes, node, one) == pid]
-    return found
 
 
 def test_a_number_goes_wherever_its_process_goes(desk: Desk, nodes: Nodes) -> None:

@@ -65,7 +65,7 @@ cp -r /run/checkout /tmp/checkout
 cd /tmp/checkout
 /opt/build/bin/python -c 'import setuptools.build_meta as b; b.build_wheel("/tmp")'
 /opt/migrate/bin/pip install --no-index --no-deps /tmp/*.whl
-for program in migrate migctl migd loadavg rup evict joingroup showgroup resetgroup; do
+for program in migrate migctl migd loadavg rup evict joingroup showgroup migrategroup resetgroup; do
     ln -s /opt/migrate/bin/$program /usr/local/bin/$program
 done
 """
