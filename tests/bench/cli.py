@@ -19,6 +19,7 @@ from testbed.lifecycle import Testbed
 from bench.contestants import Bare, ByHand, Contestant, Move, Ours, repeat, warm_up
 from bench.errors import BenchFailed
 from bench.eviction import eviction_rows
+from bench.groups import group_rows
 from bench.load_speed import central_rows, client_rows
 from bench.memory import Footprint, extra_of_move, migd_cpu_ms, resting
 from bench.report import Report, Row, Series, size_name
@@ -130,6 +131,11 @@ def _load_database(nodes: Nodes, report: Report) -> None:
     report.rows += central_rows()
 
 
+def _groups(nodes: Nodes, report: Report) -> None:
+    _progress("groups")
+    report.rows += group_rows(nodes)
+
+
 def _footprint_row(role: str, footprint: Footprint, target_mb: int) -> Row:
     rss_mb, pss_mb = (kib * 1024 / 1e6 for kib in (footprint.rss_kib, footprint.pss_kib))
     note = f"RSS {rss_mb:.1f} MB, {footprint.processes} processes"
@@ -153,6 +159,7 @@ def main() -> None:
             _memory(nodes, report, sizes[-1])
             _eviction(nodes, report)
             _load_database(nodes, report)
+            _groups(nodes, report)
     except (BenchFailed, CommandFailed, TestbedError) as error:
         sys.exit(f"bench: {error}")
     except KeyboardInterrupt:
