@@ -32,6 +32,10 @@ class _File(msgspec.Struct, frozen=True):
     settled: tuple[str, ...] = ()
 
 
+def _order(item: tuple[Identity, int]) -> tuple[int, int]:
+    return item[0].pid, item[0].starttime_ticks
+
+
 def is_there(process: Identity) -> bool:
     """Whether a process has not ended."""
     try:
@@ -75,9 +79,12 @@ class GroupBook:
 
     def members(self, group: int = 0) -> list[tuple[Identity, int]]:
         """The processes of a group, or of all groups, with its number, by pid."""
-        self._forget()
+        return [item for item in self.noted(group) if is_there(item[0])]
+
+    def noted(self, group: int = 0, after: int = 0) -> list[tuple[Identity, int]]:
+        """As `members`, with those that may have ended, and only pids above `after`."""
         found = [item for item in self._groups.items() if group in (0, item[1])]
-        return sorted(found, key=lambda item: (item[0].pid, item[0].starttime_ticks))
+        return sorted((item for item in found if item[0].pid > after), key=_order)
 
     def settle(self, transaction: str, groups: dict[Identity, int]) -> None:
         """The processes that a guest has brought; each transaction counts once."""

@@ -68,6 +68,11 @@ class Places:
                 return process, entry
         return None
 
+    def has_deputy(self, process: Identity) -> bool:
+        """Whether a process is at home again in a capsule: there its deputy stands for it."""
+        inmate = self.inmate(process.pid)
+        return inmate is not None and inmate.is_root and inmate.offer.home == self.host
+
     def inmate(self, pid: int) -> Inmate | None:
         """What this process is to a guest that runs here, if it is one's."""
         if not self.keepers:

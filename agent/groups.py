@@ -5,22 +5,17 @@ By pid and start time; for one that is away, its deputy's. What a guest brings a
 
 from __future__ import annotations
 
-import pwd
 from collections.abc import Callable, Sequence, Set
-from functools import lru_cache
-from pathlib import Path
 
 from agent.group_files import Process
 from agent.group_places import Places
 from agent.group_plan import Caller, plan
+from agent.group_rows import row_of, user_name
 from agent.group_server import GroupServer
 from agent.group_travel import GroupTravel, settle_all
 from agent.group_words import Identity
 from agent.this_host import ThisHost
-from criu_hooks.proc import command_of
 from migrate import group_messages as words
-
-COMMAND_LETTERS = 200
 
 
 class Groups:
@@ -61,7 +56,7 @@ class Groups:
         """Let those of a group that are a client's leave it."""
         places = self._places()
         members = self._here.book.members(request.group)
-        pids = [process.pid for process, _ in members if not _has_deputy(places, process)]
+        pids = [process.pid for process, _ in members if not places.has_deputy(process)]
         return self._change(pids, 0, caller_uid)
 
     def _change(self, pids: Sequence[int], group: int, uid: int) -> words.Joined:
@@ -85,16 +80,13 @@ class Groups:
     def list(self, request: words.ListGroup) -> Callable[[], words.GroupMembers]:
         """Who is in a group, as a function that is not for the loop: it looks at every process."""
         places = self._places()
-        found = [m for m in self._here.book.members(request.group) if m[0].pid > request.after]
-        part, more = found[: words.ROWS_AT_ONCE], len(found) > words.ROWS_AT_ONCE
+        noted = self._here.book.noted(request.group, request.after)
+        part, more = noted[: words.ROWS_AT_ONCE], len(noted) > words.ROWS_AT_ONCE
 
         def look() -> words.GroupMembers:
-            rows = tuple(
-                _row(process, group, places)
-                for process, group in part
-                if not _has_deputy(places, process)
-            )
-            return words.GroupMembers(rows, part[-1][0].pid if more else 0)
+            rows = (row_of(process, group, places) for process, group in part)
+            after = part[-1][0].pid if more else 0
+            return words.GroupMembers(tuple(row for row in rows if row is not None), after)
 
         return look
 
@@ -125,41 +117,3 @@ class Groups:
     def _places(self) -> Places:
         settle_all(self._here)
         return Places.of(self._here)
-
-
-def _has_deputy(places: Places, process: Identity) -> bool:
-    """Whether a process is at home again in a capsule: there its deputy stands for it."""
-    inmate = places.inmate(process.pid)
-    return inmate is not None and inmate.is_root and inmate.offer.home == places.host
-
-
-def _row(process: Identity, group: int, places: Places) -> words.MemberRow:
-    pid, here = process.pid, places.host
-    entry = places.deputies.get(process)
-    if entry is not None:
-        return words.MemberRow(pid, group, entry.user, here, entry.peer, entry.command)
-    inmate = places.inmate(pid)
-    home = inmate.offer.home if inmate is not None else here
-    try:
-        user = user_name(Process.look(pid).uid)
-    except OSError:
-        user = "?"
-    return words.MemberRow(pid, group, user, home, here, command_line(pid))
-
-
-def command_line(pid: int) -> str:
-    """As ps shows it, but not longer than `COMMAND_LETTERS`."""
-    try:
-        line = Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0").replace(b"\0", b" ")
-    except OSError:
-        line = b""
-    return line.decode(errors="replace")[:COMMAND_LETTERS] or f"[{command_of(pid)}]"
-
-
-@lru_cache(maxsize=256)
-def user_name(uid: int) -> str:
-    """His name, or if he has none his number."""
-    try:
-        return pwd.getpwuid(uid).pw_name
-    except KeyError:
-        return str(uid)

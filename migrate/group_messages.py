@@ -11,7 +11,7 @@ from migrate.protocol import PROTOCOL
 GROUP_MAX = (1 << 31) - 1
 """as openMosix's, an int"""
 PIDS_AT_ONCE = 8192
-ROWS_AT_ONCE = 512
+ROWS_AT_ONCE = 1024
 
 Group = Annotated[int, msgspec.Meta(ge=1, le=GROUP_MAX)]
 GroupOrNone = Annotated[int, msgspec.Meta(ge=0, le=GROUP_MAX)]

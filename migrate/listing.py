@@ -39,7 +39,14 @@ def table(rows: Iterable[GuestRow], for_people: bool) -> Iterator[str]:
 def group_table(rows: Iterable[MemberRow], for_people: bool) -> Iterator[str]:
     """As `table`, by group and pid."""
     cells = [
-        (str(row.group), format_pid(row.pid), row.user, row.home, row.where, _printable(row.command))
+        (
+            str(row.group),
+            format_pid(row.pid),
+            row.user,
+            row.home,
+            row.where,
+            _printable(row.command),
+        )
         for row in sorted(rows, key=lambda row: (row.group, row.pid))
     ]
     yield from _aligned(_GROUP_TITLES, cells, for_people)
