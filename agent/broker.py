@@ -11,6 +11,7 @@ from agent.command_server import Client
 from agent.eviction import Eviction
 from agent.group_places import Places
 from agent.group_travel import settle
+from agent.group_words import Identity
 from agent.groups import Groups
 from agent.guest_lines import GuestLines
 from agent.handover import Tell
@@ -89,7 +90,10 @@ class Broker:
         try:
             entry = self._deputy(pid)
             if entry is not None:
-                return await move_on(self._here, request, entry, caller_uid, tell)
+                before = self.groups.travel.numbers([Identity(pid, entry.starttime_ticks)])
+                moved = await move_on(self._here, request, entry, caller_uid, tell)
+                self.groups.travel.catch_up(pid, before)
+                return moved
             if inmate := Places.of(self._here).inmate(pid):
                 return await move_guest(self._here, request, inmate.offer, caller_uid, tell)
             self._settling.refuse_if_doubtful(pid)
@@ -114,7 +118,10 @@ class Broker:
         notes = tuple(map(str, report.notes))
         if request.check_only:
             return messages.Checked(request.pid, notes)
+        members = report.tree.members
+        before = self.groups.travel.numbers(Identity(p.pid, p.starttime_ticks) for p in members)
         departed = await leave(self._here, request, report.tree, tell)
+        self.groups.travel.catch_up(request.pid, before)
         return messages.Moved(
             request.pid, departed.destination, departed.frozen_ms, departed.sent_bytes, notes
         )

@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import Iterable
 
 from agent import peer_messages
+from agent.group_book import is_there
 from agent.group_places import Places, inmates, inner_pid
 from agent.group_words import Identity
 from agent.journal import Side, State
@@ -56,8 +57,27 @@ class GroupTravel:
 
     def __init__(self, here: ThisHost) -> None:
         self._here = here
-        self._telling: dict[str, tuple[int, int]] = {}
-        """guest → pid and number that are still to be told"""
+        self._telling: dict[str, dict[int, int]] = {}
+        """guest → numbers that are still to be told, by inner pid"""
+
+    def numbers(self, processes: Iterable[Identity]) -> dict[Identity, int]:
+        """As they are now, for `catch_up`."""
+        return {process: self._here.book.group(process) for process in processes}
+
+    def catch_up(self, pid: int, before: dict[Identity, int]) -> None:
+        """The tree of a process of this host has moved: tell what was changed meanwhile.
+
+        :param before: the numbers of its processes, as home counts, when that began.
+        """
+        entry = self._here.journal.deputy(pid)
+        for process, group in self.numbers(before).items():
+            # A member that is away has ended here, and may have been forgotten.
+            if entry is None or group == before[process] or not (group or is_there(process)):
+                continue
+            if process.pid == pid:
+                self.changed({process: group})
+            else:
+                self._tell(entry.guest, process.pid, group)
 
     def changed(self, groups: dict[Identity, int]) -> None:
         """Processes of this host are in other groups now."""
@@ -103,22 +123,22 @@ class GroupTravel:
 
     def _tell(self, guest: str, pid: int, group: int) -> None:
         busy = guest in self._telling
-        self._telling[guest] = (pid, group)
+        self._telling.setdefault(guest, {})[pid] = group
         if not busy:
             self._here.spawn(self._keep_telling(guest))
 
     async def _keep_telling(self, guest: str) -> None:
         try:
-            while (host := self._other_end(guest)) is not None:
-                wanted = self._telling[guest]
+            while (news := self._telling[guest]) and (host := self._other_end(guest)) is not None:
+                pid, group = next(iter(news.items()))
                 try:
-                    news = peer_messages.SetGroup(guest, *wanted)
-                    await self._here.ask(host, news, peer_messages.GroupSet)
+                    question = peer_messages.SetGroup(guest, pid, group)
+                    await self._here.ask(host, question, peer_messages.GroupSet)
                 except (AnswerLost, PeerUnreachable):
                     await asyncio.sleep(RETRY_SECONDS)
                     continue
-                if self._telling[guest] == wanted:
-                    return
+                if news[pid] == group:
+                    del news[pid]
         finally:
             del self._telling[guest]
 

@@ -3,6 +3,7 @@
 import json
 
 from grouping import FILES, group, guest_root, inner, run, sleepers
+from holding import await_reached, held, let_go
 from moving import Desk, Shell, agent_pids, guest_pids, until
 from testbed.client import Nodes
 
@@ -154,3 +155,39 @@ def test_children_keep_their_numbers_too(desk: Desk, nodes: Nodes) -> None:
     assert found == {pid: "0", children[0]: "4", children[1]: "5"}
     desk.enough()
     assert "status 7" in shell.rest()
+
+
+def test_what_is_written_during_a_move_is_not_lost(desk: Desk, nodes: Nodes) -> None:
+    shell = desk.shell('python3 tree.py & echo "pid $!"; wait $!; echo "status $?"')
+    pid = shell.pid()
+    children = [int(word) for word in shell.says("children")]
+    run(desk, "joingroup", str(pid), str(children[0]), "1")
+    with held(nodes, "node1", "source-begun") as holder:
+        moving = nodes.popen("node1", ["migrate", "-p", str(pid), "-h", "node2"], user="alice")
+        await_reached(holder, moving)
+        run(desk, "joingroup", str(pid), "2")
+        run(desk, "joingroup", *map(str, children), "3")
+        let_go(holder)
+        assert moving.wait(60) == 0
+    wanted = {pid: "2", children[0]: "3", children[1]: "3"}
+
+    def told() -> bool:
+        guests = guest_pids(nodes, "node2", pid)
+        return {inner(nodes, "node2", one): group(nodes, "node2", one) for one in guests} == wanted
+
+    until(told, "node2 knows the numbers")
+    assert group(nodes, "node1", pid) == "2"
+
+
+def test_what_is_written_while_the_other_end_is_cut_off_is_told_later(
+    desk: Desk, nodes: Nodes
+) -> None:
+    (pid,) = sleepers(desk, 1)
+    desk.move(pid, "node2")
+    away = guest_root(nodes, "node2", pid)
+    nodes.cut("node2")
+    run(desk, "joingroup", str(pid), "1")
+    run(desk, "joingroup", str(pid), "2")
+    assert group(nodes, "node2", away) == "0"
+    nodes.heal("node2")
+    until(lambda: group(nodes, "node2", away) == "2", "node2 knows it", 60)

@@ -77,6 +77,10 @@ SOURCES = (
     "criu_hooks",
     "completion",
     "docs/migrate.1",
+    "docs/joingroup.1",
+    "docs/showgroup.1",
+    "docs/migrategroup.1",
+    "docs/resetgroup.1",
 )
 
 

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -170,3 +171,12 @@ def test_help(
 ) -> None:
     assert status(monkeypatch, program, "--help") == 0
     assert capsys.readouterr().out.startswith(f"Usage: {program} ")
+
+
+@pytest.mark.parametrize("program", ["joingroup", "showgroup", "migrategroup", "resetgroup"])
+def test_the_man_page_has_every_program(program: str) -> None:
+    docs = Path(__file__).parents[2] / "docs"
+    page = (docs / f"{program}.1").read_text()
+    if page.startswith(".so man1/"):
+        page = (docs / page.split("/")[1].strip()).read_text()
+    assert f"\n.B {program}\n" in page.partition(".SH SYNOPSIS")[2].partition(".SH ")[0]
