@@ -185,7 +185,10 @@ def _of_terminals(tree: ProcessTree, around: Surroundings) -> Iterator[Obstacle]
             continue
         if (index := file.info.tty_index) is not None:
             slave = f"/dev/pts/{index}"
-            if (holders := around.holders.of(slave)) and slave not in said:
+            holders = tuple(
+                h for h in around.holders.of(slave) if _same_terminal(process, slave, h)
+            )
+            if holders and slave not in said:
                 said.add(slave)
                 yield Obstacle(
                     file_subject(process, file),
@@ -204,6 +207,16 @@ def _of_terminals(tree: ProcessTree, around: Surroundings) -> Iterator[Obstacle]
                 "is a second terminal, and only one can be relayed",
                 "close it before the move",
             )
+
+
+def _same_terminal(process: Process, slave: str, holder: Holder) -> bool:
+    """Not if it has that name in another instance of devpts: a container's, or a guest's."""
+    try:
+        served = statx(f"/proc/{process.pid}/root{slave}")
+        used = statx(f"/proc/{holder.pid}/fd/{holder.fd}")
+    except OSError:
+        return True
+    return (served.device, served.inode) == (used.device, used.inode)
 
 
 def _index(file: OpenFile) -> int | None:
