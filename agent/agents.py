@@ -16,8 +16,8 @@ import msgspec
 
 from agent import own_directory
 from agent.cgroups import dissolve
-from agent.forkserver import AGENTS, WORKERS, Birth, ForkServer, bear
 from agent.link import Link, Offer, Packet, connect
+from agent.spawning import AGENTS, WORKERS, Birth, ForkServer, bear
 from migrate import paths
 from migrate.framing import MALFORMED
 

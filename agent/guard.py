@@ -16,7 +16,7 @@ import socket
 import sys
 from pathlib import Path
 
-from agent import forkserver, guestwords
+from agent import guestwords, spawning
 from agent.bulk import Bulk
 from agent.cgroups import Cgroup, dissolve, guest_path, leave_cgroup
 from agent.command_home import CommandHome, lost_line
@@ -140,7 +140,7 @@ class Guard:
         bulk = Bulk(self._reactor, start.destination, fds[0], fds[1], offer.freeze_limit_seconds)
         images = self._directory / "dump"
         try:
-            with CriuCall(forkserver.connect(forkserver.WORKERS)) as call:
+            with CriuCall(spawning.connect(spawning.WORKERS)) as call:
                 tree = self._tree = FreshTree(start, self._open_streams)
                 self._journal.record(
                     Entry.begin(

@@ -12,7 +12,7 @@ import threading
 import time
 from pathlib import Path
 
-from agent import capsule, forkserver, guestwords, syscalls
+from agent import capsule, guestwords, spawning, syscalls
 from agent.arrival import Arrival, Arrived
 from agent.bulk import Bulk
 from agent.capsule_tree import CapsuleTree
@@ -368,7 +368,7 @@ class GuestHost:
             self._offer, self._capsule, self._plan, self._hand_over, self._take_back, keys
         )
         try:
-            with CriuCall(forkserver.connect(forkserver.WORKERS)) as call:
+            with CriuCall(spawning.connect(spawning.WORKERS)) as call:
                 self._journal.record(
                     Entry.begin(
                         offer,

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import msgspec
 
-from agent import forkserver, own_directory, syscalls
+from agent import own_directory, spawning, syscalls
 from agent.cgroups import Cgroup, dissolve, guest_path, leave_cgroup
 from agent.guest_host import GuestHost
 from agent.home_view import HomeView
@@ -59,7 +59,7 @@ def serve(offer: Offer, link: Link, local: bool) -> None:
         worker = (
             contextlib.nullcontext()
             if offer.is_command
-            else CriuCall(forkserver.connect(forkserver.WORKERS))
+            else CriuCall(spawning.connect(spawning.WORKERS))
         )
         with (
             worker as call,
