@@ -40,23 +40,35 @@ GREETING_SECONDS = 10.0
 class LoadClients:
     """Serves load.sock in the running loop, from `start` to `close`."""
 
-    def __init__(self, service: LoadService, path: Path = paths.LOAD_SOCKET) -> None:
+    def __init__(
+        self,
+        service: LoadService,
+        path: Path = paths.LOAD_SOCKET,
+        inherited: socket.socket | None = None,
+    ) -> None:
+        """:param inherited: a listening socket that a service manager keeps while there is no migd."""
         self._service = service
         self._path = path
+        self._inherited = inherited
         self._listener: socket.socket | None = None
         self._open: set[_Connection] = set()
         self._count: Counter[int] = Counter()
 
     def start(self) -> None:
         """Listen."""
+        listener = self._inherited or self._listen()
+        listener.setblocking(False)
+        self._listener = listener
+        asyncio.get_running_loop().add_reader(listener.fileno(), self._accept)
+
+    def _listen(self) -> socket.socket:
         self._path.unlink(missing_ok=True)
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         listener.bind(str(self._path))
         # Every user may ask; what is granted depends on who asks.
         self._path.chmod(0o666)
         listener.listen(1024)
-        self._listener = listener
-        asyncio.get_running_loop().add_reader(listener.fileno(), self._accept)
+        return listener
 
     def close(self) -> None:
         """Stop listening, hang up."""

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 
+from agent.activation import inherited_socket
 from agent.broker import Broker
 from agent.clients import ClientServer
 from agent.command_server import CommandServer
@@ -76,7 +77,7 @@ async def serve(config: Config, criu_version: str, ready: Callable[[], None]) ->
         )
         clients = ClientServer(broker)
         commands = CommandServer(broker.run_command)
-        load_clients = LoadClients(broker.load)
+        load_clients = LoadClients(broker.load, inherited=inherited_socket("load"))
         logins = LoginDoor(lambda: broker.config, broker.load.owner_came)
         stop = asyncio.Event()
         loop = asyncio.get_running_loop()

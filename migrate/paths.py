@@ -48,6 +48,8 @@ GUESTS_DIR = RUN_DIR / "guests"
 """Root only, 0700: one directory a guest, with its images and sockets."""
 
 SYSTEMD_UNIT = Path("/etc/systemd/system/migd.service")
+SYSTEMD_SOCKET = SYSTEMD_UNIT.with_suffix(".socket")
+"""Who asks the Mig library has migd started by it, if it does not run."""
 
 INSTALL_DIR = Path("/opt/migrate")
 """Where the README installs the product; another host's migctl is looked for there."""

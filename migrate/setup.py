@@ -32,14 +32,16 @@ _DIRECTORIES = (
     *RUNTIME_DIRECTORIES,
 )
 
+_UNITS = (paths.SYSTEMD_SOCKET.name, paths.SYSTEMD_UNIT.name)
+
 # Guards and keepers are started by migd and outlive it: KillMode=process, and no RuntimeDirectory,
 # which systemd would remove with their sockets in it.
 _UNIT = """\
 [Unit]
 Description=Process migration (migd)
 Documentation=man:migd(8)
-After=network-online.target ssh.service
-Wants=network-online.target
+After=network-online.target ssh.service migd.socket
+Wants=network-online.target migd.socket
 
 [Service]
 Type=notify
@@ -52,6 +54,23 @@ OOMScoreAdjust=-500
 
 [Install]
 WantedBy=multi-user.target
+"""
+
+
+_SOCKET_UNIT = f"""\
+[Unit]
+Description=Process migration (the Mig library's way to migd)
+Documentation=man:migd(8)
+
+[Socket]
+ListenStream={paths.LOAD_SOCKET}
+SocketMode=0666
+DirectoryMode=0755
+Backlog=1024
+FileDescriptorName=load
+
+[Install]
+WantedBy=sockets.target
 """
 
 
@@ -105,8 +124,9 @@ def remove(place: Place) -> None:
     unit = place.at(paths.SYSTEMD_UNIT)
     if unit.exists():
         if place.runs_systemd:
-            place.run(["systemctl", "disable", "--now", paths.SYSTEMD_UNIT.name])
+            place.run(["systemctl", "disable", "--now", *_UNITS])
         unit.unlink()
+        place.at(paths.SYSTEMD_SOCKET).unlink(missing_ok=True)
         if place.runs_systemd:
             place.run(["systemctl", "daemon-reload"])
     if _migd_listens(place):
@@ -223,10 +243,12 @@ def _make_service(place: Place) -> None:
         return
     text = _UNIT.format(migd=place.bridge.python.parent / "migd")
     changed = write_file(unit, text, 0o644)
+    changed |= write_file(place.at(paths.SYSTEMD_SOCKET), _SOCKET_UNIT, 0o644)
     if place.runs_systemd:
         if changed:
             place.run(["systemctl", "daemon-reload"])
-        place.run(["systemctl", "enable", "--now", "--no-block", unit.name])
+        # A migd that runs already keeps the socket of its own: then systemd's waits for the next start.
+        place.run(["systemctl", "enable", "--now", "--no-block", *_UNITS])
 
 
 def _migd_listens(place: Place) -> bool:

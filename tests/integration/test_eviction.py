@@ -1,11 +1,19 @@
 """Guests leave when the owner of their host wants it back: frozen at once, and home."""
 
 import re
+from collections.abc import Iterator
 
 import pytest
 from holding import await_reached, held, let_go
 from moving import Desk, Shell, guests_at, told_to_freeze, until
 from testbed.client import Nodes
+
+
+@pytest.fixture(autouse=True)
+def owner_has_gone(nodes: Nodes) -> Iterator[None]:
+    """After each test node2 takes guests again, which it would not for a while."""
+    yield
+    nodes.restart_migd("node2")
 
 
 @pytest.fixture

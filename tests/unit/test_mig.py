@@ -1,12 +1,14 @@
 """The Mig library and migd's load socket, over a real socket: events, reconnecting, bad clients."""
 
 import asyncio
+import fcntl
 import os
 import pwd
 import select
 import socket
 import threading
 from collections.abc import Coroutine, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import pytest
 
 from agent import load_clients
 from agent import load_messages as words
+from agent.activation import inherited_socket
 from agent.load_clients import LoadClients
 from agent.load_policy import Verdict
 from agent.load_report import Report
@@ -242,6 +245,52 @@ def test_block_and_bring_and_evict(host1: Host1, mig: Mig) -> None:
 def test_thresholds_that_contradict_each_other_are_refused(mig: Mig) -> None:
     with pytest.raises(HostError, match="above load_stop"):
         mig.command(messages.SetLimits(load_accept=(9, 9, 9)))
+
+
+def test_a_daemon_that_a_client_has_started_answers_it(host1: Host1) -> None:
+    """As systemd does it: the socket is there before migd is, and after."""
+    path = host1.directory / "activated.sock"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        with ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(lambda: Mig(path).get_info().name)
+            assert select.select([listener], [], [], 20)[0], "the client has come"
+            clients = LoadClients(host1.service, path, inherited=listener.dup())
+
+            async def start() -> None:
+                clients.start()
+
+            host1.run(start())
+            assert asked.result(20) == "host1"
+
+            async def close() -> None:
+                clients.close()
+
+            host1.run(close())
+        with socket.socket(socket.AF_UNIX) as next_one:
+            next_one.connect(str(path))
+
+
+def test_sockets_of_the_service_manager_are_found_by_name() -> None:
+    first, second = socket.socketpair()
+    with first, second:
+        base = fcntl.fcntl(first, fcntl.F_DUPFD, 100)
+        os.dup2(second.fileno(), base + 1)
+        told = {
+            "LISTEN_PID": str(os.getpid()),
+            "LISTEN_FDS": "2",
+            "LISTEN_FDNAMES": "other:load",
+        }
+        found = inherited_socket("load", told, base)
+        assert found is not None
+        with found:
+            assert found.fileno() == base + 1
+            assert not found.get_inheritable()
+        assert inherited_socket("third", told, base) is None
+        assert inherited_socket("load", {**told, "LISTEN_PID": "1"}, base) is None
+        assert inherited_socket("load", {}, base) is None
+        os.close(base)
 
 
 # ---------------------------------------------------------------------- bad clients and hosts

@@ -206,7 +206,8 @@ def test_the_service_is_written_and_started_where_systemd_runs(machines: list[Ma
     assert not any("systemctl" in line for line in node.ran)
     (node.root / "run/systemd/system").mkdir(parents=True)
     node.set_up()
-    assert node.ran[-1] == "systemctl enable --now --no-block migd.service"
+    assert node.ran[-1] == "systemctl enable --now --no-block migd.socket migd.service"
+    assert "ListenStream=/run/migrate/load.sock" in node.read(paths.SYSTEMD_SOCKET)
 
 
 def test_remove_takes_everything_away(machines: list[Machine]) -> None:
