@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from agent.syscalls import (
 )
 from criu_hooks import program
 from criu_hooks.mounts import parse_mountinfo
+from criu_hooks.statx import statx
 from migrate import paths
 from migrate.errors import HostError
 
@@ -38,6 +40,8 @@ MAX_ENTRIES = 2000
 """Of a directory that has to be rebuilt because an entry is missing in it."""
 SHM_OPTIONS = "mode=1777"
 _TMPFS = MS_NOSUID | MS_NODEV
+MAX_LOOKS = 8
+"""At home, at the same time."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,8 @@ class _HomeEntry:
                 fd = os.open(part, flags, dir_fd=above)
             finally:
                 os.close(above)
-        return cls(fd, os.fstat(fd).st_mode)
+        # The kernel knows what it has just looked up: home need not be asked once more.
+        return cls(fd, statx(f"/proc/self/fd/{fd}").mode)
 
     @property
     def is_link(self) -> bool:
@@ -116,9 +121,9 @@ class _HomeEntry:
 def _look_at_home(plan: RootPlan) -> dict[str, _HomeEntry]:
     """Each path to lay, shallow ones first."""
     found = {}
-    for path in sorted((*plan.directories, *plan.files), key=_depth):
+    for path, look in _look_at_once(plan).items():
         try:
-            entry = _HomeEntry.find(plan.view, path)
+            entry = look.result()
         except (FileNotFoundError, NotADirectoryError):
             if path in plan.optional:
                 continue
@@ -129,6 +134,13 @@ def _look_at_home(plan: RootPlan) -> dict[str, _HomeEntry]:
             raise HostError(path, "is no directory at home")
         found[path] = entry
     return found
+
+
+def _look_at_once(plan: RootPlan) -> dict[str, Future[_HomeEntry]]:
+    """Each look is a question to home: they do not wait for each other's answers."""
+    paths = sorted((*plan.directories, *plan.files), key=_depth)
+    with ThreadPoolExecutor(MAX_LOOKS) as pool:
+        return {path: pool.submit(_HomeEntry.find, plan.view, path) for path in paths}
 
 
 def _depth(path: str) -> tuple[int, str]:

@@ -7,6 +7,7 @@ complains about.
 
 from __future__ import annotations
 
+import _signal  # type: ignore[import-not-found]
 import sys
 
 from migrate.command import Words, run
@@ -94,6 +95,8 @@ def main() -> None:
 def _main(words: Sequence[str]) -> None:
     command = plain_command(words)
     if command is not None:
+        if _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler:
+            _signal.signal(_signal.SIGINT, _signal.SIG_DFL)  # a shell wants to see how it ended
         run(command)
     moves = plain_move(words) if "-p" in words else None
     if moves is not None:

@@ -16,6 +16,7 @@ from testbed.client import CommandFailed, Nodes, program_of
 from testbed.errors import TestbedError
 from testbed.lifecycle import Testbed
 
+from bench.commands import command_rows
 from bench.contestants import Bare, ByHand, Contestant, Move, Ours, repeat, warm_up
 from bench.errors import BenchFailed
 from bench.eviction import eviction_rows
@@ -160,6 +161,7 @@ def main() -> None:
             _eviction(nodes, report)
             _load_database(nodes, report)
             _groups(nodes, report)
+            report.rows += command_rows(nodes, _progress, many=not given.quick)
     except (BenchFailed, CommandFailed, TestbedError) as error:
         sys.exit(f"bench: {error}")
     except KeyboardInterrupt:
