@@ -55,8 +55,8 @@ class Broker:
         """Find agents again, and settle what was left undone."""
         self._here.agents.find_again()
         self._settling.settle_left()
+        self.groups.start()
         await self._here.load.start()
-        await self.groups.start()
 
     def reload(self) -> None:
         """Read the configuration again (SIGHUP); a wrong one is told and changes nothing."""

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import re
+import select
 import signal
 import socket
 import stat
+import struct
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +28,10 @@ from criu_hooks.proc import ProcDir, all_pids, parse_stat
 
 NAME = "miggroup"
 _NUMBER = re.compile(rb"0*([0-9]{1,10})\n?")
+_LOOP_ENDED = 8
+"""what fuse_main() returns after SIGTERM (libfuse, lib/helper.c)"""
+_LOCK = struct.Struct("hhqqi")
+"""struct flock on 64-bit machines (fcntl(2)): type, whence, start, length, pid"""
 _PID = re.compile(r"[1-9][0-9]{0,9}", re.ASCII)
 
 
@@ -180,6 +187,29 @@ def _find(path: str) -> tuple[Process | None, bool]:
     return Process.look(int(pid)), name == NAME
 
 
+def replace_others(lock: Path) -> int:
+    """Be the only process that serves the files: one whose migd has ended may still be about to unmount them.
+
+    :return: a descriptor that holds the lock.
+    """
+    fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    while True:
+        with contextlib.suppress(BlockingIOError):
+            fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return fd
+        wanted = _LOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+        kind, *_, holder = _LOCK.unpack(fcntl.fcntl(fd, fcntl.F_GETLK, wanted))
+        if kind == fcntl.F_UNLCK:
+            continue
+        with contextlib.suppress(ProcessLookupError):
+            pidfd = os.pidfd_open(holder)
+            try:
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+                select.select([pidfd], [], [])
+            finally:
+                os.close(pidfd)
+
+
 def prepare(directory: Path) -> None:
     """An empty directory to mount on, where one that was killed may have left its mount."""
     with contextlib.suppress(OSError):
@@ -196,6 +226,7 @@ def main() -> None:
         return  # migd has ended before
     directory = Path(sys.argv[1])
     sock = socket.socket(fileno=os.dup(0))
+    replace_others(directory.with_name(f"{directory.name}.lock"))
     prepare(directory)
     # It takes version 2 of the library if there are both.
     os.environ["FUSE_LIBRARY_NAME"] = "fuse3"
@@ -208,22 +239,26 @@ def main() -> None:
         lambda: int(mfusepy.fuse_get_context()[0]),
         lambda: sock.sendall(group_words.encode(Mounted())),
     )
-    mfusepy.FUSE(
-        files,
-        str(directory),
-        foreground=True,
-        nothreads=True,
-        allow_other=True,
-        nosuid=True,
-        nodev=True,
-        noexec=True,
-        direct_io=True,
-        entry_timeout=0,
-        attr_timeout=0,
-        negative_timeout=0,
-        fsname="migrate",
-        subtype=NAME,
-    )
+    try:
+        mfusepy.FUSE(
+            files,
+            str(directory),
+            foreground=True,
+            nothreads=True,
+            allow_other=True,
+            nosuid=True,
+            nodev=True,
+            noexec=True,
+            direct_io=True,
+            entry_timeout=0,
+            attr_timeout=0,
+            negative_timeout=0,
+            fsname="migrate",
+            subtype=NAME,
+        )
+    except RuntimeError as error:
+        if error.args != (_LOOP_ENDED,):
+            sys.exit(f"group files: libfuse cannot serve them ({error})")
 
 
 if __name__ == "__main__":

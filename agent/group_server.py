@@ -40,9 +40,12 @@ class GroupServer:
         self._socket: socket.socket | None = None
         self._mounted = asyncio.Event()
 
-    async def start(self) -> None:
-        """Return when the files are there; if they cannot be, that is logged."""
+    def start(self) -> None:
+        """Have them mounted."""
         self._spawn()
+
+    async def mounted(self) -> None:
+        """Return when the files are there; if they cannot be, that is logged."""
         try:
             async with asyncio.timeout(MOUNT_SECONDS):
                 await self._mounted.wait()

@@ -28,10 +28,14 @@ class Groups:
         self._files = GroupServer(self._get, lambda process, group: self._put({process: group}))
         self.travel = GroupTravel(here)
 
-    async def start(self) -> None:
+    def start(self) -> None:
         """Have the files served."""
         settle_all(self._here)
-        await self._files.start()
+        self._files.start()
+
+    async def mounted(self) -> None:
+        """Return when the files are there, or cannot be."""
+        await self._files.mounted()
 
     def close(self) -> None:
         """Unmount them."""

@@ -91,6 +91,7 @@ async def serve(config: Config, criu_version: str, ready: Callable[[], None]) ->
             commands.start()
             load_clients.start()
             logins.start()
+            await broker.groups.mounted()
             ready()
             log.info("migd on %s is ready (CRIU %s)", config.name, criu_version)
             await stop.wait()

@@ -2,13 +2,16 @@
 
 import errno
 import os
+import signal
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from agent.group_files import GroupFiles, Process, parse_group
+from agent.group_files import GroupFiles, Process, parse_group, replace_others
 from agent.group_words import Get, Identity, Put
 
 STRANGER = 4242
@@ -187,3 +190,18 @@ def test_a_thread_is_no_process(served: Files) -> None:
 def test_nothing_else_is_there(served: Files, path: str) -> None:
     with fails(errno.ENOENT):
         served.files.getattr(path)
+
+
+def test_who_served_them_before_is_ended(tmp_path: Path) -> None:
+    script = (
+        "import sys, time; from pathlib import Path; from agent.group_files import replace_others;"
+        "replace_others(Path(sys.argv[1])); print('locked', flush=True); time.sleep(600)"
+    )
+    lock = tmp_path / "lock"
+    with subprocess.Popen(
+        [sys.executable, "-c", script, str(lock)], stdout=subprocess.PIPE, text=True
+    ) as earlier:
+        assert earlier.stdout is not None
+        assert earlier.stdout.readline() == "locked\n"
+        os.close(replace_others(lock))
+        assert earlier.wait(60) == -signal.SIGKILL
