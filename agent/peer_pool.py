@@ -169,7 +169,7 @@ class RawPool:
                 if peer not in self._expiry:
                     connection.close()
                     return
-                self._spares[peer].append(connection)
+                self._spares.setdefault(peer, []).append(connection)
         except MigrateError as error:
             log.info("no spare connection: %s", error)
 
