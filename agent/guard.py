@@ -45,6 +45,7 @@ from agent.link import (
     GuestLost,
     Link,
     NeedLifeline,
+    Packet,
     Progress,
     StartCommand,
     StartDeparture,
@@ -53,6 +54,7 @@ from agent.link import (
     listen,
     take_stdin,
 )
+from agent.links import Links
 from agent.reactor import READ, Reactor
 from agent.terminal import TERMINAL_WINDOW
 from agent.waiting import wait_until
@@ -76,8 +78,9 @@ class Guard:
 
     def __init__(self, guest: str, link: Link) -> None:
         self._guest = guest
-        self._links: list[Link] = [link]
+        self._migd = link
         self._reactor = Reactor()
+        self._links = Links(self._reactor, self._packet)
         self._journal = Journal()
         self._directory = paths.GUESTS_DIR / f"guard-{guest}"
         self._socket = DEPUTIES_DIR / guest
@@ -114,11 +117,10 @@ class Guard:
         try:
             with listen(self._directory / "guard.sock") as server:
                 self._reactor.register(server.fileno(), READ, lambda _: self._accept(server))
-                first = self._links[0].receive()
+                first = self._migd.receive()
                 if first is None:
                     return
-                link = self._links[0]
-                self._reactor.register(link.fileno(), READ, lambda _: self._packet(link))
+                self._links.add(self._migd)
                 match first:
                     case (StartDeparture() as departure, fds):
                         away = self._depart(departure, fds)
@@ -155,7 +157,9 @@ class Guard:
                 self._line = self._connect(start.destination)
                 self._line.lifeline.attach(fds[2], fds[3])
                 images.mkdir(mode=0o700)
-                departure = Departure(self._reactor, self._journal, bulk, start, tree, self._say)
+                departure = Departure(
+                    self._reactor, self._journal, bulk, start, tree, self._links.say
+                )
                 try:
                     outcome = departure.run(call, images)
                 except InDoubt as doubt:
@@ -166,13 +170,13 @@ class Guard:
                 offer.transaction, Side.SOURCE, State.ABORTED, after=State.BEGUN, reason=reason
             )
             log.info("%s: not moved: %s", offer.transaction, error)
-            self._say(Failed(offer.transaction, what, reason, remedy))
+            self._links.say(Failed(offer.transaction, what, reason, remedy))
             return False
         finally:
             bulk.close()
             shutil.rmtree(images, ignore_errors=True)
         self._connect_streams(tree)
-        self._say(
+        self._links.say(
             Departed(
                 offer.transaction,
                 start.destination,
@@ -200,7 +204,7 @@ class Guard:
         """Committed, and the destination silent: nothing runs here until its record is known."""
         assert self._start is not None
         log.warning("%s: in doubt: %s", self._start.offer.transaction, doubt)
-        self._say(in_doubt(self._start, doubt))
+        self._links.say(in_doubt(self._start, doubt))
         while self._verdict is None:
             self._reactor.turn()
         return departure.conclude(self._verdict)
@@ -451,7 +455,7 @@ class Guard:
                 self._set_offsets(offsets)
                 self._end_deputy(exit_code, rest, left)
             case guestwords.Moving(step, sent_bytes, at_ms):
-                self._say(Progress(step, sent_bytes, at_ms))
+                self._links.say(Progress(step, sent_bytes, at_ms))
             case guestwords.Emptied() if self._rest:
                 log.info("%s: the rest has ended", self._guest)
                 self._rest = False
@@ -503,7 +507,7 @@ class Guard:
             if self._terminal is not None and line is self._line:
                 self._terminal.cut_off()
             if line is self._next or self._next is None:
-                self._say(NeedLifeline(line.host))
+                self._links.say(NeedLifeline(line.host))
             if self._command is not None:
                 self._reactor.call_later(CUT_SECONDS, lambda: self._say_cut(line))
 
@@ -516,23 +520,13 @@ class Guard:
     # ------------------------------------------------------------------ migd
 
     def _accept(self, server: socket.socket) -> None:
-        with contextlib.suppress(OSError):
-            sock, _ = server.accept()
-            link = Link(sock)
-            self._links.append(link)
-            self._reactor.register(link.fileno(), READ, lambda _: self._packet(link))
+        link = self._links.accept(server)
+        if link is not None:
             for line in (self._line, self._next):
                 if line is not None and not line.lifeline.attached:
                     link.send(NeedLifeline(line.host))
 
-    def _packet(self, link: Link) -> None:
-        received = link.receive()
-        if received is None:
-            self._reactor.unregister(link.fileno())
-            self._links.remove(link)
-            link.close()
-            return
-        packet, fds = received
+    def _packet(self, _: Link, packet: Packet, fds: list[int]) -> None:
         match packet:
             case Attach("lifeline", host) if len(fds) == 2 and (line := self._line_to(host)):
                 line.lifeline.attach(fds[0], fds[1])
@@ -559,7 +553,7 @@ class Guard:
             line.close()
             self._next = None
             if self._line is not None and not self._line.lifeline.attached and not self._line_lost:
-                self._say(NeedLifeline(self._line.host))
+                self._links.say(NeedLifeline(self._line.host))
         else:
             self._line_lost = True
         if not self._line_lost or self._next is not None:
@@ -580,10 +574,6 @@ class Guard:
                 return line
         return None
 
-    def _say(self, packet: Progress | Departed | Failed | NeedLifeline | Ended) -> None:
-        for link in self._links:
-            link.send(packet)
-
     def _give_back(self) -> None:
         if self._terminal is not None:
             self._terminal.close()
@@ -601,7 +591,7 @@ class Guard:
             self._reactor.unregister(self._listener.fileno())
             self._listener.close()
         if self._exit_code is not None:
-            self._say(Ended(self._exit_code))
+            self._links.say(Ended(self._exit_code))
         self._journal.close()
         leave_cgroup()
         dissolve("guard", self._guest)

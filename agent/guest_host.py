@@ -19,8 +19,9 @@ from agent.capsule_tree import CapsuleTree
 from agent.cgroups import Cgroup, guest_path
 from agent.command_start import CommandStart, NotExecuted
 from agent.departure import Departure, InDoubt, Outcome, failure_words
-from agent.endpoints import Duplex, FdSource, MeteredSink
+from agent.endpoints import Duplex
 from agent.fd_passing import close_all
+from agent.guest_streams import GuestStreams
 from agent.home_share import plan_root
 from agent.home_view import HomeView
 from agent.journal import Entry, Journal, Side, State
@@ -41,18 +42,18 @@ from agent.link import (
     Progress,
     Running,
     StartDeparture,
-    StreamPipe,
     Verdict,
     in_doubt,
 )
+from agent.links import Links
 from agent.programs import programs_here
 from agent.reactor import READ, Reactor
 from agent.rest import RestWatch
 from agent.standstill import Standstill
-from agent.terminal import TERMINAL_WINDOW, FarTerminal
+from agent.terminal import FarTerminal
 from agent.view_server import VIEW_WINDOW
 from agent.waiting import wait_until
-from agent.wire import ProtocolError, Receiver, Stream
+from agent.wire import ProtocolError, Receiver
 from criu_hooks.calls import CriuCall
 from migrate.command_wire import MAX_COMMAND_BYTES, Command, WireError
 from migrate.errors import HostError, MigrateError, PeerError
@@ -92,7 +93,6 @@ class GuestHost:
     ) -> None:
         self._offer = offer
         self._guest = offer.guest
-        self._links = [link]
         self._server = server
         self._view = view
         self._images = images
@@ -107,15 +107,9 @@ class GuestHost:
         self._lifeline: Lifeline | None = None
         self._hold = -1
         self._duplex: Duplex | None = None
-        self._sources: dict[int, FdSource] = {}
-        self._sinks: dict[int, MeteredSink] = {}
-        self._fds: dict[int, int] = {}
-        """stream → our end of the guest's pipe"""
-        self._listed: dict[int, StreamPipe] = {}
-        self._awaiting: dict[int, Stream] = {}
-        """streams of the last keeper, until home has told what it has of them"""
-        self._connected_pipes = False
-        self._files: dict[int, int] = {}
+        self._links = Links(self._reactor, self._packet)
+        self._links.add(link)
+        self._streams = GuestStreams(self._reactor, terminal)
         self._criu = 0
         self._born = False
         """the guest is a child of ours"""
@@ -123,8 +117,6 @@ class GuestHost:
         self._command = bytearray()
         self._exit_code: int | None = None
         self._told_end = False
-        self._marks: dict[int, int] = {}
-        """stream → how much of it must be at home before the next word about an end"""
         self._rest: RestWatch | None = None
         self._finished = False
         self._standstill = Standstill(self._tree)
@@ -137,8 +129,6 @@ class GuestHost:
         """Receive the guest; keep it until it has ended or gone on."""
         self._watch_children()
         self._reactor.register(self._server.fileno(), READ, lambda _: self._accept())
-        first = self._links[0]
-        self._reactor.register(first.fileno(), READ, lambda _: self._packet(first))
         try:
             if self._call is None:
                 self._start_command()
@@ -152,7 +142,7 @@ class GuestHost:
             return
         while not self._finished:
             self._reactor.turn()
-            if self._hop is not None and not self._awaiting:
+            if self._hop is not None and not self._streams.awaiting:
                 self._depart(*self._hop)
                 self._hop = None
         self._close()
@@ -178,15 +168,12 @@ class GuestHost:
         )
         arrived = arrival.run(call, self._make_ready, self._standstill.let_run)
         log.info("%s: %s resumed here", self._offer.transaction, self._guest)
-        self._files = arrived.files
         self._criu = arrived.criu
         self._born = True
-        self._say(Running())
-        positions = tuple(guestwords.StreamPosition.of(s) for s in self._awaiting.values())
-        self._to_guard(guestwords.Started(self._offer.epoch, positions))
-        if not self._awaiting:
-            self._connected_pipes = True
-            self._connect_pipes()
+        self._links.say(Running())
+        self._to_guard(guestwords.Started(self._offer.epoch, self._streams.positions()))
+        if not self._streams.awaiting:
+            self._streams.connect()
         self._bulk.close()
         self._bulk = None
         # The kernel takes its time for large ones, while home waits for the guest's output.
@@ -208,54 +195,8 @@ class GuestHost:
         if self._standstill.held:
             host = os.uname().nodename
             raise PeerError(f"host {host}", f"takes no guests now: {self._standstill.held}")
-        self._open_streams(arrived)
-
-    def _open_streams(self, arrived: Arrived) -> None:
-        """Before the commit: from then on home may send.
-
-        Streams of an earlier keeper are adopted only when home has told what it has of them.
-        """
         assert self._lifeline is not None
-        for state in arrived.dumped.streams:
-            self._awaiting[state.stream] = Stream.restore(state)
-        for pipe in arrived.pipes:
-            number = pipe.listed.stream
-            self._listed[number] = pipe.listed
-            self._fds[number] = pipe.our_fd
-            if number not in self._awaiting:
-                self._lifeline.open(number)
-        if self._terminal is not None and guestwords.TERMINAL_STREAM not in self._awaiting:
-            self._lifeline.open(guestwords.TERMINAL_STREAM, TERMINAL_WINDOW)
-
-    def _connect_pipes(self) -> None:
-        assert self._lifeline is not None
-        if self._terminal is not None:
-            self._connect_terminal(self._terminal)
-        for number, listed in self._listed.items():
-            stream = self._lifeline.open(number)
-            fd = self._fds[number]
-            if listed.outgoing:
-                self._sources[number] = FdSource(self._reactor, stream.sender, fd, private=True)
-            else:
-                self._sinks[number] = MeteredSink(self._reactor, stream.receiver, fd)
-
-    def _connect_terminal(self, terminal: FarTerminal) -> None:
-        assert self._lifeline is not None
-        stream = self._lifeline.open(guestwords.TERMINAL_STREAM, TERMINAL_WINDOW)
-        terminal.connect(self._reactor, stream)
-
-    def _go_on(self, positions: tuple[guestwords.StreamPosition, ...]) -> None:
-        """Home's answer to *started*: streams of the last keeper go on here."""
-        assert self._lifeline is not None
-        for position in positions:
-            stream = self._awaiting.pop(position.stream, None)
-            if stream is not None:
-                position.apply(stream)
-                self._lifeline.mux.adopt(stream)
-        self._awaiting.clear()
-        if not self._connected_pipes:
-            self._connected_pipes = True
-            self._connect_pipes()
+        self._streams.open(self._lifeline, arrived)
 
     def _abort(self, error: BaseException) -> None:
         """It will never run here: recorded first, then said."""
@@ -330,10 +271,8 @@ class GuestHost:
             raise HostError("journal", "the command was given up meanwhile")
         start = CommandStart(self._reactor, self._offer, self._capsule, self._tree, self._terminal)
         started = start.run(self._begin, command)
-        self._listed, self._fds = started.pipes, started.fds
         self._to_guard(guestwords.Started(self._offer.epoch))
-        self._connected_pipes = True
-        self._connect_pipes()
+        self._streams.begin(self._lifeline, started.pipes, started.fds)
         self._born = True
         self._lifeline.mux.retry_messages()
         self._standstill.let_run()
@@ -357,7 +296,7 @@ class GuestHost:
         offer = start.offer
         if self._exit_code is not None:
             close_all(fds)
-            self._say(Failed(offer.transaction, f"guest {self._guest}", "has ended", ""))
+            self._links.say(Failed(offer.transaction, f"guest {self._guest}", "has ended", ""))
             return
         bulk = Bulk(self._reactor, start.destination, fds[0], fds[1], offer.freeze_limit_seconds)
         self._standstill.leave()
@@ -387,7 +326,7 @@ class GuestHost:
         except (MigrateError, OSError) as error:
             what, reason, remedy = failure_words(error)
             log.info("%s: not moved: %s", offer.transaction, error)
-            self._say(Failed(offer.transaction, what, reason, remedy))
+            self._links.say(Failed(offer.transaction, what, reason, remedy))
             return
         finally:
             bulk.close()
@@ -401,7 +340,7 @@ class GuestHost:
             reason=f"moved on to {start.destination}",
         )
         self._tree.kill()
-        self._say(
+        self._links.say(
             Departed(
                 offer.transaction,
                 start.destination,
@@ -411,59 +350,29 @@ class GuestHost:
         )
 
     def _tell_progress(self, progress: Progress) -> None:
-        self._say(progress)
+        self._links.say(progress)
         self._to_guard(guestwords.Moving(progress.step, progress.sent_bytes, progress.at_ms))
 
     def _plan(self) -> Planned:
-        return Planned(self._open_pipes(), tuple(sorted(self._tree.tids())))
-
-    def _open_pipes(self) -> tuple[StreamPipe, ...]:
-        """The guest's pipes that lead home and have not come to their end."""
-        assert self._lifeline is not None
-        pipes = []
-        for number, listed in self._listed.items():
-            stream = self._lifeline.open(number)
-            over = (
-                stream.sender.fin or stream.sender.reset
-                if listed.outgoing
-                else (stream.receiver.finished or stream.receiver.reset)
-            )
-            if not over:
-                inode = os.fstat(self._fds[number]).st_ino
-                pipes.append(
-                    StreamPipe(number, f"pipe:[{inode}]", listed.outgoing, listed.size_bytes)
-                )
-        return tuple(pipes)
+        return Planned(self._streams.open_pipes(), tuple(sorted(self._tree.tids())))
 
     def _hand_over(self) -> Dumped:
         """All is frozen: from here on home's messages wait for whoever has the guest afterwards."""
-        assert self._lifeline is not None
         self._standstill.lend()
         self._handing_over = True
-        for source in self._sources.values():
-            source.drain()
-        for sink in self._sinks.values():
-            sink.settle()
-        terminal = None
-        numbers = [*self._listed]
-        if self._terminal is not None:
-            terminal = self._terminal.hand_over()
-            numbers.append(guestwords.TERMINAL_STREAM)
-        states = tuple(self._lifeline.open(number).export() for number in numbers)
-        return Dumped(self._open_pipes(), tuple(self._files), states, terminal)
+        return self._streams.hand_over()
 
     def _take_back(self) -> None:
         self._standstill.let_run()
         self._handing_over = False
-        if self._terminal is not None:
-            self._terminal.take_back()
+        self._streams.take_back()
         if self._lifeline is not None:
             self._lifeline.mux.retry_messages()
 
     def _await_verdict(self, start: StartDeparture, doubt: str, departure: Departure) -> Outcome:
         log.warning("%s: in doubt: %s", start.offer.transaction, doubt)
         self._verdict = None
-        self._say(in_doubt(start, doubt))
+        self._links.say(in_doubt(start, doubt))
         while self._verdict is None:
             self._reactor.turn()
         return departure.conclude(self._verdict)
@@ -505,7 +414,7 @@ class GuestHost:
     def _changed(self, status: int) -> None:
         if os.WIFSTOPPED(status):
             left = self._terminal.leave() if self._terminal is not None else None
-            self._tell_stop(guestwords.Stopped(os.WSTOPSIG(status), self._offsets(), left))
+            self._tell_stop(guestwords.Stopped(os.WSTOPSIG(status), self._streams.offsets(), left))
         elif os.WIFCONTINUED(status):
             self._to_guard(guestwords.Continued())
         else:
@@ -520,49 +429,26 @@ class GuestHost:
         elif self._exit_code is None and not self._gone_on:
             self._reactor.call_later(END_POLL_SECONDS, lambda: self._tell_stop(word))
 
-    def _offsets(self) -> tuple[tuple[int, int], ...]:
-        return tuple((number, os.lseek(fd, 0, os.SEEK_CUR)) for number, fd in self._files.items())
-
     def _tell_end(self) -> None:
         """Tell the end once all output is at home: the deputy must not end before its last word."""
         if self._exit_code is None or self._told_end or self._lifeline is None:
             return
-        if self._awaiting:
-            self._reactor.call_later(END_POLL_SECONDS, self._tell_end)
-            return
-        if not self._output_is_home():
+        if self._streams.awaiting or not self._streams.output_is_home():
             self._reactor.call_later(END_POLL_SECONDS, self._tell_end)
             return
         self._told_end = True
         rest = self._tree.populated
         left = self._terminal.leave() if self._terminal is not None else None
-        self._to_guard(guestwords.Ended(self._exit_code, self._offsets(), rest, left))
+        self._to_guard(guestwords.Ended(self._exit_code, self._streams.offsets(), rest, left))
         if rest:
             log.info("%s: has left processes, which live on", self._guest)
             self._rest = RestWatch(self._reactor, self._tree, self._tell_empty)
         else:
             self._leave()
 
-    def _output_is_home(self) -> bool:
-        """Whether all that had been written when this was first asked has arrived."""
-        assert self._lifeline is not None
-        if self._terminal is not None and not self._terminal.settled():
-            return False
-        senders = {number: self._lifeline.open(number).sender for number in self._listed}
-        if not self._marks:
-            for source in self._sources.values():
-                source.drain()
-            for sink in self._sinks.values():
-                sink.settle()
-            self._marks = {number: sender.end for number, sender in senders.items()}
-        if any(not s.reset and s.acked < self._marks[n] for n, s in senders.items()):
-            return False
-        self._marks = {}
-        return True
-
     def _tell_empty(self) -> None:
         """The last of the processes that an ended guest had left has ended."""
-        if not self._output_is_home():
+        if not self._streams.output_is_home():
             self._reactor.call_later(END_POLL_SECONDS, self._tell_empty)
             return
         log.info("%s: the rest has ended", self._guest)
@@ -619,11 +505,12 @@ class GuestHost:
                 self._begin = word
                 if self._terminal is not None and word.terminal is not None:
                     self._terminal.begin(word.terminal)
-                    self._connect_terminal(self._terminal)
+                    assert self._lifeline is not None
+                    self._streams.connect_terminal(self._lifeline)
             case guestwords.Kill():
                 self._kill()
             case guestwords.GoOn(positions):
-                self._go_on(positions)
+                self._streams.go_on(positions)
             case _ if self._terminal is not None:
                 self._terminal.obey(word, self._offer.ids.pgid)
         return True
@@ -666,7 +553,7 @@ class GuestHost:
         """Cut off is not dead, but a guest must not run on unseen for ever (invariant 7)."""
         if self._alive and not self._gone_on:
             log.warning("%s: lifeline: %s", self._guest, reason.reason)
-            self._say(LifelineCut())
+            self._links.say(LifelineCut())
             silent = time.monotonic() - (self._lifeline.last_heard if self._lifeline else 0)
             patience = max(0.0, self._offer.cut_freeze_seconds - silent)
             self._reactor.call_later(patience, self._freeze_if_cut)
@@ -683,7 +570,7 @@ class GuestHost:
             self._standstill.cut(True)
 
     def _lifeline_came(self) -> None:
-        self._say(LifelineCut(back=True))
+        self._links.say(LifelineCut(back=True))
         self._standstill.cut(False)
 
     def _attach_lifeline(self, fd_in: int, fd_out: int, hold: int) -> None:
@@ -711,22 +598,11 @@ class GuestHost:
     # ------------------------------------------------------------------ migd
 
     def _accept(self) -> None:
-        with contextlib.suppress(OSError):
-            sock, _ = self._server.accept()
-            link = Link(sock)
-            self._links.append(link)
-            self._reactor.register(link.fileno(), READ, lambda _: self._packet(link))
-            if self._standstill.held:
-                link.send(Hold(self._standstill.held))
+        link = self._links.accept(self._server)
+        if link is not None and self._standstill.held:
+            link.send(Hold(self._standstill.held))
 
-    def _packet(self, link: Link) -> None:
-        received = link.receive()
-        if received is None:
-            self._reactor.unregister(link.fileno())
-            self._links.remove(link)
-            link.close()
-            return
-        packet, fds = received
+    def _packet(self, link: Link, packet: Packet, fds: list[int]) -> None:
         match packet:
             case Attach("bulk") if self._bulk is None and len(fds) == 3:
                 self._bulk = Bulk(
@@ -758,15 +634,8 @@ class GuestHost:
                 for fd in fds:
                     os.close(fd)
 
-    def _say(self, packet: Packet) -> None:
-        for link in self._links:
-            link.send(packet)
-
     def _close(self) -> None:
-        for source in self._sources.values():
-            source.close()
-        for sink in self._sinks.values():
-            sink.close()
+        self._streams.close()
         if self._terminal is not None:
             self._terminal.close()
         if self._duplex is not None:
