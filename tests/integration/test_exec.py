@@ -56,6 +56,32 @@ def test_it_is_the_users_own_process_in_her_own_world(desk: Desk) -> None:
     assert [pid] == lines
 
 
+def test_every_limit_is_homes(desk: Desk) -> None:
+    asked = "ulimit -Sa; ulimit -Ha"
+    lines = said(
+        desk,
+        "ulimit -c 0; ulimit -S -s 4096; ulimit -t 1000; ulimit -f 200000; ulimit -v 4000000\n"
+        f"bash -c '{asked}' >local; migrate -h node2 bash -c '{asked}' </dev/null >there\n"
+        "diff local there && echo same",
+    )
+    assert lines == ["same"]
+
+
+def test_nobody_gains_rights(desk: Desk) -> None:
+    """Neither by a set-user-ID program of home's, nor by one of the host's."""
+    program = f"{desk.directory}/who"
+    desk.nodes.sh(desk.home, f"cp /usr/bin/id {program}; chmod 6755 {program}")
+    assert desk.nodes.sh(desk.home, f"{program} -nu", user=desk.user) == "root"
+    asked = "./who; id; grep -e ^Cap -e ^NoNewPrivs /proc/self/status; su -c id root </dev/null"
+    said(
+        desk,
+        "(id; id; grep -e ^Cap -e ^NoNewPrivs /proc/self/status) >local\n"
+        f"migrate -h node2 sh -c '{asked}' >there 2>told </dev/null; true",
+    )
+    assert desk.read("there") == desk.read("local")
+    assert "uid=0" not in desk.read("there")
+
+
 def test_it_is_listed_and_can_be_moved_on(desk: Desk) -> None:
     shell, pid = desk.job("migrate -h node2 python3 counter.py 7 </dev/null >out")
     desk.grows("out")

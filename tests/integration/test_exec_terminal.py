@@ -110,6 +110,27 @@ def test_an_editor(desk: Desk) -> None:
         assert desk.read("text") == "one\n\n"
 
 
+def test_a_screen_that_changes(desk: Desk) -> None:
+    with terminal(desk) as user:
+        user.keys("migrate -h node2 top -d 0.5\n")
+        user.expect("load average")
+        user.expect("load average")
+        user.keys("q")
+        user.prompt()
+        assert user.run("echo $?") == "0\n"
+
+
+def test_a_terminal_changes_its_size_at_both_ends(desk: Desk) -> None:
+    with terminal(desk) as user:
+        name = user.run("tty").strip()
+        far_shell(user)
+        assert user.run("stty size") == "24 80\n"
+        user.run("trap 'echo at $(stty size)' WINCH")
+        desk.nodes.sh(desk.home, f"stty -F {name} rows 40 cols 100")
+        user.keys("\n")
+        user.expect("at 40 100\r\n")
+
+
 def test_keys_from_the_terminal_while_stdin_is_a_pipe(desk: Desk) -> None:
     with terminal(desk) as user:
         user.keys("seq 200 | migrate -h node2 less\n")
