@@ -44,7 +44,7 @@ def test_it_works_on_and_its_output_comes_home(desk: Desk, route: str) -> None:
     desk.grows("log", 5)
     desk.grows("out", 5)
     rows = desk.nodes.exec("node1", ["migctl", "ps"], user="alice").stdout.splitlines()
-    assert [row.split("\t")[5] for row in rows if row.startswith(f"{pid:#x}\t")] == ["rest"]
+    assert [row.split("\t")[6] for row in rows if row.startswith(f"{pid:#x}\t")] == ["rest"]
     desk.enough()
     assert desk.shells[-1].rest() == []  # its pipeline has ended: nobody holds the pipe any more
     assert desk.read("out") == desk.read("log")

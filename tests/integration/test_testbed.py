@@ -212,6 +212,7 @@ def other_testbed(tmp_path: Path) -> Testbed:
         if source.is_dir():
             shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
         elif source.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(source, target)
     return Testbed(Instance(tmp_path))
 
