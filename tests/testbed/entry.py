@@ -203,6 +203,10 @@ def _wait(child: int, relay: Relay, master: int) -> int:
     def forward(number: int, _frame: object) -> None:
         os.killpg(child, number) if os.getpgid(child) == child else os.kill(child, number)
 
+    # A signal just before the relay waits would be seen only when that has something to do.
+    wakeup, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    relay.add_wakeup(wakeup)
     for number in FORWARDED:
         signal.signal(number, forward)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)

@@ -68,6 +68,12 @@ class Relay:
 
         self._selector.register(source, selectors.EVENT_READ, read)
 
+    def add_wakeup(self, source: int) -> None:
+        """Return from waiting for a moment whenever something comes here; it is thrown away."""
+        self._selector.register(
+            source, selectors.EVENT_READ, lambda: os.read(source, CHUNK) and None
+        )
+
     def run(self, pidfd: int) -> None:
         """Copy until the process has ended; then what it has left behind in its pipes."""
         ended = False
