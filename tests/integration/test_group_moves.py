@@ -155,3 +155,23 @@ def test_wrong_words_change_nothing(desk: Desk) -> None:
     run(desk, "joingroup", str(pid), "1")
     assert "nowhere" in says("migrategroup", "1", "nowhere")
     assert "host ids are 1 to 65535" in says("migrategroup", "1", "0")
+
+
+def test_members_that_talk_through_a_pipe_move_each_for_itself(desk: Desk, nodes: Nodes) -> None:
+    shell = desk.shell(
+        "python3 counter.py 0 | python3 copier.py >out &\n"
+        'echo "pids $(jobs -p) $!"; wait $!; echo "status $?"'
+    )
+    pids = [int(word) for word in shell.says("pids")]
+    desk.grows("out")
+    run(desk, "joingroup", *map(str, pids), "1")
+    checked = run(desk, "migrate", "--check", "-p", "@1")
+    assert checked.stdout.splitlines() == [f"{pid:#x} can move" for pid in sorted(pids)]
+    assert run(desk, "migrategroup", "1", "node2").stdout.splitlines() == [
+        f"migrate {pid} to node2" for pid in sorted(pids)
+    ]
+    assert guests_at(nodes, "node2") == set(pids)
+    desk.grows("out")
+    desk.enough()
+    assert shell.status() == 0
+    assert desk.count().unbroken
