@@ -29,6 +29,9 @@ from migrate.mig_messages import Priority
 
 log = logging.getLogger(__name__)
 
+REFILL_SECONDS = 0.25
+"""Nobody stands still for a command, and one often follows another."""
+
 SECOND_CHANCE_SECONDS = 3.0
 
 
@@ -95,7 +98,7 @@ async def _begin(
 ) -> None:
     offer, stat = await asyncio.to_thread(_make_offer, here, request, client)
     offer = msgspec.structs.replace(offer, chosen=chosen)
-    async with handover(here, offer, host, ("lifeline",)) as accepted:
+    async with handover(here, offer, host, ("lifeline",), REFILL_SECONDS) as accepted:
         reply(client.socket, Reply("progress", f"{host.name} has accepted"))
         start = StartCommand(offer, host.name, accepted.boot_id, stat.starttime_ticks, request.low)
         guard = here.agents.start("guard", offer.guest, None)

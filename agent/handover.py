@@ -62,17 +62,22 @@ class Handover:
 
 @contextlib.asynccontextmanager
 async def handover(
-    here: ThisHost, offer: Offer, host: Host, purposes: tuple[str, ...]
+    here: ThisHost,
+    offer: Offer,
+    host: Host,
+    purposes: tuple[str, ...],
+    refill_seconds: float = REFILL_SECONDS,
 ) -> AsyncIterator[Handover]:
     """Offer a guest to a host. Inside, it is accepted; connections that nobody drove are closed after.
 
     :param purposes: of the connections with the destination's keeper, in this order.
+    :param refill_seconds: as RawPool.take.
     :raises MigrateError: the host refuses, or cannot be reached.
     """
     if len(msgspec.msgpack.encode(offer)) > MAX_OFFER_BYTES:
         reason = "works in too many directories"
         raise UserError(f"pid {offer.ids.pid}", reason, "move it before it opens so many")
-    opening = [asyncio.create_task(here.peers.raw.take(host, REFILL_SECONDS)) for _ in purposes]
+    opening = [asyncio.create_task(here.peers.raw.take(host, refill_seconds)) for _ in purposes]
     connections: list[RawConnection] = []
     try:
         answer = await _make_offer(here, offer, host)

@@ -105,6 +105,8 @@ class Mux:
         self.up = False
         self.streams: dict[int, Stream] = {}
         self._dropped: set[int] = set()
+        self._early: dict[int, tuple[int, int]] = {}
+        """stream → the last ACK or RESET, which overtook the message that opens it"""
         self._on_up = on_up
         self._on_pending = on_pending
         self._connected = False
@@ -214,6 +216,11 @@ class Mux:
 
         stream.sender.on_pending = pending
         stream.receiver.on_due = due
+        kind, offset = self._early.pop(stream.number, (None, 0))
+        if kind == wire.ACK:
+            stream.sender.accept_ack(offset)
+        elif kind == wire.RESET:
+            stream.sender.accept_reset(offset)
         return stream
 
     # ------------------------------------------------------------------ transports
@@ -375,7 +382,10 @@ class Mux:
             return
         stream = self.streams.get(number)
         if stream is None and number not in self._dropped:
-            raise ProtocolError(f"stream {number} is not open")
+            if kind not in (wire.ACK, wire.RESET) or len(self._early) >= wire.MAX_STREAMS:
+                raise ProtocolError(f"stream {number} is not open")
+            self._early[number] = (kind, offset)
+            return
         if kind == wire.DATA:
             if stream is not None:
                 stream.receiver.expect(offset, length)
@@ -403,11 +413,9 @@ class Mux:
         if hello.epoch > self.epoch if self.leads else hello.epoch < self.epoch:
             raise ProtocolError(f"epoch {hello.epoch} against {self.epoch}: a keeper of the past")
         received = {position.stream: position.received for position in hello.positions}
-        for number, position in received.items():
-            if position and number not in self.streams and number not in self._dropped:
-                raise ProtocolError(f"stream {number} is not open")
         for number, stream in self.streams.items():
-            # Not listed: the other end has not opened it yet, or has dropped it.
+            # Not listed: the other end has not opened it yet, or has dropped it. Listed, but not
+            # open here: a message that opens it is on its way, with the same position.
             stream.sender.rewind(received.get(number, stream.sender.acked))
         if not self.leads:
             self.epoch = hello.epoch

@@ -299,6 +299,14 @@ def test_who_reads_no_more_ends_the_writer(desk: Desk) -> None:
     assert said(desk, "yes | migrate -h node2 head -1; echo ${PIPESTATUS[*]}") == ["y", "141 0"]
 
 
+def test_it_may_begin_when_nobody_reads_its_output_any_more(desk: Desk) -> None:
+    gone = "trap '' PIPE; while echo; do :; done 2>/dev/null; trap - PIPE"
+    command = "migrate -h node2 sh -c 'echo unheard; exit 3' </dev/null 2>told"
+    said(desk, f"({gone}; {command}; echo $? >status) | true")
+    assert desk.read("status") == f"{128 + 13}\n"
+    assert desk.read("told") == ""
+
+
 def test_a_build_is_moved_twice(desk: Desk) -> None:
     desk.write(
         "build", "for i in $(seq 60); do (sleep 0.05; echo $i | sha1sum >>sums) & wait; done\n"

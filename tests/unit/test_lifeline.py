@@ -208,7 +208,7 @@ def hello(guest: str = "guest", epoch: int = 0, *positions: Position, magic: str
         (frame(wire.DATA, 1, 2**64 - 1, b"x"), "gap"),
         (HEADER.pack(wire.DATA, 1, 0, WINDOW + 1), "overruns the window"),
         (frame(wire.DATA, 77, 0, b"x"), "not open"),
-        (frame(wire.ACK, 77, 0), "not open"),
+        (frame(wire.FIN, 77, 0), "not open"),
         (frame(wire.ACK, 1, 1), "acknowledges byte 1 of 0"),
         (frame(wire.RESET, 1, 1), "acknowledges byte 1 of 0"),
         (frame(wire.FIN, 1, 1), "end at 1"),
@@ -237,7 +237,6 @@ def test_a_frame_that_breaks_the_protocol_is_refused(
         (hello("somebody"), "another guest"),
         (hello("guest", 2), "keeper of the past"),
         (hello("guest", 0, Position(1, 1)), "has 1 bytes, not 0 to 0"),
-        (hello("guest", 0, Position(77, 1)), "not open"),
     ],
 )
 def test_a_wrong_greeting_is_refused(first: bytes, reason: str) -> None:
@@ -333,6 +332,45 @@ def test_a_reset_survives_a_hop_on_either_end(pair: tuple[Side, Side]) -> None:
     keeper.hop()
     assert keeper.mux.streams[1].receiver.reset
     assert keeper.mux.streams[2].sender.reset
+
+
+def test_what_overtakes_the_message_that_opens_a_stream_is_not_lost(
+    pair: tuple[Side, Side],
+) -> None:
+    guard, keeper = pair
+    for number in (7, 8):
+        guard.mux.open(number).receiver.refuse()
+    guard.mux.send_message(b"open 7 and 8")
+    settle(guard, keeper)
+    connect(guard, keeper)  # repeats them, still before the streams are open
+    settle(guard, keeper)
+    assert keeper.messages == [b"open 7 and 8"]
+    resets: list[int] = []
+    sender = keeper.mux.open(7).sender
+    sender.on_reset = lambda: resets.append(7)
+    assert sender.reset
+    stream = Stream(8, WINDOW)
+    stream.sender.on_reset = lambda: resets.append(8)
+    keeper.mux.adopt(stream)
+    assert resets == [8]
+
+
+def test_an_early_word_about_a_stream_must_fit_it(pair: tuple[Side, Side]) -> None:
+    mux = pair[0].mux
+    mux.feed(memoryview(frame(wire.ACK, 77, 1)))
+    with pytest.raises(ProtocolError, match="acknowledges byte 1 of 0"):
+        mux.open(77)
+
+
+def test_a_stream_moves_on_while_the_transport_is_made_anew() -> None:
+    """Home has adopted it already, its keeper not yet."""
+    guard, keeper = Side(leads=False), Side(leads=True)
+    moved = Stream(7, WINDOW)
+    moved.receiver.accept(0, memoryview(b"abc"))
+    guard.mux.adopt(moved)
+    connect(guard, keeper)
+    settle(guard, keeper)
+    assert keeper.mux.up
 
 
 def test_control_messages_and_acks_overtake_a_bulk_stream(pair: tuple[Side, Side]) -> None:
