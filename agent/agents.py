@@ -88,6 +88,10 @@ class Agents:
         asyncio.get_running_loop().add_reader(pidfd, ended)
         return agent
 
+    def dismiss(self, agent: Agent) -> None:
+        """End one that has got no order, by hanging up."""
+        self._hang_up(agent)
+
     def warm_up(self) -> None:
         """There will be something to do: have the servers that fork agents and workers run."""
         for server in self._servers:

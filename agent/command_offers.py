@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 
 from agent.command_server import Client, reply
-from agent.handover import handover
+from agent.handover import early_guard, handover
 from agent.home_paths import Used, system_files, view_directories
 from agent.link import Offer, OfferedTerminal, Owner, StartCommand, TreeIds
 from agent.peers import AnswerLost
@@ -98,10 +98,13 @@ async def _begin(
 ) -> None:
     offer, stat = await asyncio.to_thread(_make_offer, here, request, client)
     offer = msgspec.structs.replace(offer, chosen=chosen)
-    async with handover(here, offer, host, ("lifeline",), REFILL_SECONDS) as accepted:
+    async with (
+        early_guard(here, offer.guest) as early,
+        handover(here, offer, host, ("lifeline",), REFILL_SECONDS) as accepted,
+    ):
         reply(client.socket, Reply("progress", f"{host.name} has accepted"))
         start = StartCommand(offer, host.name, accepted.boot_id, stat.starttime_ticks, request.low)
-        guard = here.agents.start("guard", offer.guest, None)
+        guard = await early()
         (lifeline,) = accepted.connections
         fds = (lifeline.fd_in, lifeline.fd_out, client.socket.fileno(), *client.fds)
         if guard.link.send(start, fds):

@@ -105,6 +105,28 @@ async def _make_offer(here: ThisHost, offer: Offer, host: Host) -> peer_messages
         return await here.ask(host, question, peer_messages.Accepted)
 
 
+@contextlib.asynccontextmanager
+async def early_guard(here: ThisHost, guest: str) -> AsyncIterator[Callable[[], Awaitable[Agent]]]:
+    """Start a guard while the destination judges the offer. Who takes it gives it an order."""
+
+    async def start() -> Agent:
+        return here.agents.start("guard", guest, None)
+
+    starting = asyncio.create_task(start())
+    taken = False
+
+    def take() -> Awaitable[Agent]:
+        nonlocal taken
+        taken = True
+        return starting
+
+    try:
+        yield take
+    finally:
+        if not taken:
+            here.agents.dismiss(await starting)
+
+
 async def _follow(queue: asyncio.Queue[Packet | None], transaction: str, tell: Tell) -> Departed:
     """:raises MigrateError: this move has failed. A hop of before a restart of migd may end meanwhile."""
     while True:

@@ -11,7 +11,7 @@ import secrets
 import msgspec
 
 from agent.group_travel import taken_along
-from agent.handover import Tell, handover
+from agent.handover import Tell, early_guard, handover
 from agent.home_paths import system_files, used_by, view_directories
 from agent.hosting import cpu_features
 from agent.link import Departed, Offer, OfferedTerminal, Owner, StartDeparture, TreeIds
@@ -72,7 +72,10 @@ async def _depart(
 ) -> Departed:
     offer = await asyncio.to_thread(make_offer, here, tree)
     offer = msgspec.structs.replace(offer, chosen=chosen, groups=taken_along(here, tree))
-    async with handover(here, offer, host, ("bulk", "lifeline")) as accepted:
+    async with (
+        early_guard(here, offer.guest) as guard,
+        handover(here, offer, host, ("bulk", "lifeline")) as accepted,
+    ):
         order = StartDeparture(
             offer=offer,
             destination=host.name,
@@ -81,8 +84,7 @@ async def _depart(
             host_pid=tree.root.pid,
             ghost_limit_bytes=here.config.ghost_limit_bytes,
         )
-        guard = here.agents.start("guard", offer.guest, None)
-        return await accepted.drive(guard, order, tell)
+        return await accepted.drive(await guard(), order, tell)
 
 
 def make_offer(here: ThisHost, tree: ProcessTree) -> Offer:

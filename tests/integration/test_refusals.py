@@ -270,7 +270,9 @@ def test_a_host_that_has_just_lost_its_network(desk: Desk, counter: int) -> None
 def test_no_host_at_all_that_can_be_reached(desk: Desk, counter: int) -> None:
     desk.nodes.kill("node2")
     desk.nodes.kill("node3")
-    assert "no other host" in refused(desk, "-p", str(counter))
+    told = refused(desk, "-p", str(counter))
+    # As long as a connection is not yet found dead, its host is tried.
+    assert "no other host" in told or "no sign of life" in told
 
 
 def test_a_host_where_migd_does_not_run(desk: Desk, counter: int) -> None:
