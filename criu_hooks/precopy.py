@@ -32,6 +32,8 @@ COPIES_BYTES = 16 << 20
 """So much may be kept to compare with."""
 DIGEST_BYTES = 16
 CHUNK_PAGES = 256
+BLOCK_BYTES = 16 * PAGE_SIZE
+"""Pages are compared so many at once; those of a block that has changed, one by one."""
 IN_PARENT = 1
 """PE_PARENT (criu/include/pagemap.h): the page is that of the parent's images"""
 
@@ -90,6 +92,9 @@ class _Runs:
 
     starts: list[int] = field(default_factory=list)
     marks: list[bytes] = field(default_factory=list)
+    """the pages themselves, or a digest of each"""
+    blocks: list[bytes] = field(default_factory=list)
+    """with digests: one of each whole block besides"""
 
 
 class KnownPages:
@@ -111,7 +116,28 @@ class KnownPages:
             if self._copies_left < 0:
                 self._digest_all()
         runs.starts.append(address)
-        runs.marks.append(data if self._copying else _digests(data))
+        if self._copying:
+            runs.marks.append(data)
+        else:
+            runs.marks.append(_digests(data, PAGE_SIZE))
+            runs.blocks.append(_digests(data, BLOCK_BYTES))
+
+    def same_block(self, destination: int, address: int, block: memoryview) -> bool:
+        """Whether this block was sent ahead just as it is now. False as well if it lies otherwise."""
+        runs = self._runs.get(destination)
+        if runs is None:
+            return False
+        at = bisect.bisect_right(runs.starts, address) - 1
+        if at < 0:
+            return False
+        offset = address - runs.starts[at]
+        if self._copying:
+            return memoryview(runs.marks[at])[offset : offset + BLOCK_BYTES] == block
+        number, rest = divmod(offset, BLOCK_BYTES)
+        if rest:
+            return False
+        mark = runs.blocks[at][number * DIGEST_BYTES : (number + 1) * DIGEST_BYTES]
+        return mark == _digest(block)
 
     def same(self, destination: int, address: int, page: bytes) -> bool:
         """Whether this page was sent ahead just as it is now."""
@@ -130,16 +156,18 @@ class KnownPages:
     def _digest_all(self) -> None:
         self._copying = False
         for runs in self._runs.values():
-            runs.marks = [_digests(data) for data in runs.marks]
+            runs.blocks = [_digests(data, BLOCK_BYTES) for data in runs.marks]
+            runs.marks = [_digests(data, PAGE_SIZE) for data in runs.marks]
 
 
 def _digest(page: bytes | memoryview) -> bytes:
     return hashlib.sha256(page).digest()[:DIGEST_BYTES]
 
 
-def _digests(data: bytes) -> bytes:
-    view = memoryview(data)
-    return b"".join(_digest(view[at : at + PAGE_SIZE]) for at in range(0, len(view), PAGE_SIZE))
+def _digests(data: bytes, size: int) -> bytes:
+    """One of each whole piece of that size."""
+    view, whole = memoryview(data), len(data) // size * size
+    return b"".join(_digest(view[at : at + size]) for at in range(0, whole, size))
 
 
 def send_ahead(proc_fd: int, cgroup_pids: Iterable[int], known: KnownPages) -> Iterator[bytes]:
@@ -228,9 +256,25 @@ class Thinner:
             page, self._partial = self._partial, b""
             self._page(page)
         whole = at + (len(payload) - at) // PAGE_SIZE * PAGE_SIZE
-        for start in range(at, whole, PAGE_SIZE):
-            self._page(bytes(payload[start : start + PAGE_SIZE]))
+        while at < whole:
+            block = payload[at : at + BLOCK_BYTES]
+            if at + BLOCK_BYTES <= whole and self._known.same_block(
+                self._destination, self._address, block
+            ):
+                self._same_block()
+                at += BLOCK_BYTES
+            else:
+                self._page(bytes(payload[at : at + PAGE_SIZE]))
+                at += PAGE_SIZE
         self._partial = bytes(payload[whole:])
+
+    def _same_block(self) -> None:
+        if self._run_pages and not self._run_same:
+            self._flush()
+        if not self._run_pages:
+            self._run_same, self._run_address = True, self._address
+        self._run_pages += BLOCK_BYTES // PAGE_SIZE
+        self._address += BLOCK_BYTES
 
     def _page(self, page: bytes) -> None:
         same = self._known.same(self._destination, self._address, page)

@@ -66,6 +66,23 @@ def test_only_pages_that_changed_are_sent(copies: int, monkeypatch: pytest.Monke
     ]
 
 
+@pytest.mark.parametrize("copies", [0, 1 << 20], ids=["digests", "copies"])
+def test_a_page_that_changed_in_a_block_goes_alone(
+    copies: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precopy, "COPIES_BYTES", copies)
+    known = KnownPages()
+    before = bytes(range(65, 65 + 48))
+    known.add(TO, 0x10000, b"".join(page(bytes([letter])) for letter in before))
+    now = before[:20] + b"!" + before[21:]
+    stream = bytes(Thinner(known).feed(memoryview(dump(0x10000, now))))
+    assert entries(stream) == [
+        (IN_PARENT, 0x10000, b"=" * 20),
+        (PRESENT, 0x10000 + 20 * PAGE_SIZE, b"!"),
+        (IN_PARENT, 0x10000 + 21 * PAGE_SIZE, b"=" * 27),
+    ]
+
+
 def test_the_same_page_at_another_address_or_of_another_process_is_sent() -> None:
     known = KnownPages()
     known.add(TO, 0x10000, page(b"a"))
@@ -87,20 +104,35 @@ def test_copies_become_digests_when_there_is_too_much_of_them(
         assert not known.same(TO, number * PAGE_SIZE, page(b"e"))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=80)
 @given(
-    st.binary(min_size=1, max_size=12),
-    st.binary(min_size=1, max_size=12),
+    st.binary(min_size=1, max_size=60),
+    st.dictionaries(st.integers(0, 70), st.integers(0, 255), max_size=4),
+    st.integers(1, 60),
+    st.integers(0, 3),
+    st.sampled_from((0, 40 * PAGE_SIZE, 1 << 20)),
     st.integers(0, 2**32),
 )
-def test_what_comes_out_is_the_memory_of_the_dump(before: bytes, now: bytes, seed: int) -> None:
+def test_what_comes_out_is_the_memory_of_the_dump(
+    before: bytes, changed: dict[int, int], length: int, apart: int, copies: int, seed: int
+) -> None:
     """However the stream is cut: parent and pages together hold each page as it was dumped."""
-    known = KnownPages()
-    known.add(TO, 0, b"".join(page(bytes([letter])) for letter in before))
+    now = bytes(
+        changed.get(number, before[number] if number < len(before) else 0)
+        for number in range(length)
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(precopy, "COPIES_BYTES", copies)
+        known = KnownPages()
+        # As chunks: what is compared at once need not begin where they do.
+        for part in (slice(0, 16 + apart), slice(16 + apart, None)):
+            if letters := before[part]:
+                data = b"".join(page(bytes([letter])) for letter in letters)
+                known.add(TO, (part.start or 0) * PAGE_SIZE, data)
     stream, pieces = dump(0, now), random.Random(seed)
     thinner, out, at = Thinner(known), b"", 0
     while at < len(stream):
-        size = pieces.choice((1, 31, 33, 4095, 4096, 5000, 20000))
+        size = pieces.choice((31, 33, 4095, 4096, 5000, 20000, 70000, 200000))
         out += bytes(thinner.feed(memoryview(stream[at : at + size])))
         at += size
     memory = {}
