@@ -52,6 +52,19 @@ def test_numbers_outlive_migd(desk: Desk, nodes: Nodes) -> None:
     assert len(mounts(nodes)) == 1
 
 
+def test_the_files_go_and_come_with_migd(desk: Desk, nodes: Nodes) -> None:
+    (pid,) = sleepers(desk, 1)
+    run(desk, "joingroup", str(pid), "1")
+    nodes.node("node1").stop_service("migd")
+    try:
+        until(lambda: not mounts(nodes), "nothing is mounted")
+        until(lambda: not agent_pids(nodes, "node1", "group_files"), "nobody serves the files")
+    finally:
+        nodes.node("node1").start_service("migd")
+    until(lambda: mounts(nodes), "it is mounted again")
+    assert group(nodes, "node1", pid) == "1"
+
+
 def mounts(nodes: Nodes) -> list[str]:
     """What is mounted for the files on node1."""
     told = nodes.sh("node1", "cat /proc/mounts")
